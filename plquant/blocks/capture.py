@@ -1,0 +1,124 @@
+"""What the decoder blocks are called with: hidden states of the first, keyword arguments of each."""
+
+# Letters: N sequences, T tokens, H hidden size.
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass from inside a hook; private, so that no error of the model is mistaken for it."""
+
+
+@torch.no_grad()
+def capture_inputs(
+    lm: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], ids: Tensor, batch_size: int = 8
+) -> Tensor:
+    """Hidden states that enter the first block, [N, T, H] in the model's dtype, on the device of ``ids``.
+
+    No block runs: the forward pass stops at the first one.
+
+    Args:
+        lm: Language model that takes token ids.
+        blocks: Its decoder blocks.
+        ids: int64 [N, T]; keep them on the CPU to keep the result there.
+        batch_size: Sequences per forward pass.
+    """
+    inputs: Tensor | None = None
+    with _evaluating(lm):
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size]
+            hidden, _ = _calls(lm, blocks[:1], batch)[0]
+            if inputs is None:
+                inputs = torch.empty(len(ids), *hidden.shape[1:], dtype=hidden.dtype, device=ids.device)
+            inputs[start : start + len(batch)] = hidden
+    if inputs is None:
+        raise ValueError(f"ids has shape {list(ids.shape)}; at least one sequence [N, T] is needed.")
+    return inputs
+
+
+@torch.no_grad()
+def capture_calls(lm: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], ids: Tensor) -> list[dict[str, Any]]:
+    """Keyword arguments of every block, so that ``block(x, **call)`` runs it outside the model.
+
+    Hidden states and KV cache are left out. Blocks may differ (Gemma's sliding and full attention have their own masks
+    and rotary embeddings); equal tensors are stored once. Masks and position embeddings have a batch of one and
+    broadcast to any batch of sequences of T tokens.
+
+    Args:
+        lm: Language model that takes token ids.
+        blocks: Its decoder blocks.
+        ids: int64 [1, T].
+    """
+    if len(ids) != 1:
+        raise ValueError(f"ids has shape {list(ids.shape)}; pass one sequence [1, T], the calls serve any batch size.")
+    shared: list[Tensor] = []
+    with _evaluating(lm):
+        calls = _calls(lm, blocks, ids)
+    return [
+        {key: _share(value, shared) for key, value in arguments.items() if key not in _CACHES} for _, arguments in calls
+    ]
+
+
+def _calls(
+    lm: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], ids: Tensor
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Hidden states and other arguments, by name, of each block in one forward pass, which ends at the last one."""
+    calls: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+
+    def record(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(block.forward).parameters)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        calls[index] = (arguments.pop(names[0]), arguments)
+        if len(calls) == len(blocks):
+            raise _StopForwardError
+
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            hook = partial(record, index)
+            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        with contextlib.suppress(_StopForwardError):
+            lm(ids.to(next(lm.parameters()).device), use_cache=False)
+    if len(calls) < len(blocks):
+        raise ValueError(
+            f"a forward pass of {type(lm).__name__} ran {len(calls)} of the {len(blocks)} blocks given. Pass the "
+            "blocks of this very model (find_blocks), and a model that runs all of them."
+        )
+    return [calls[index] for index in range(len(blocks))]
+
+
+def _share(value: Any, shared: list[Tensor]) -> Any:
+    """The value with each tensor replaced by an equal one of ``shared``, or added to it."""
+    if isinstance(value, Tensor):
+        for tensor in shared:
+            is_alike = (tensor.shape, tensor.dtype, tensor.device) == (value.shape, value.dtype, value.device)
+            if tensor is value or (is_alike and torch.equal(tensor, value)):
+                return tensor
+        shared.append(value)
+    elif isinstance(value, dict):
+        return {key: _share(item, shared) for key, item in value.items()}
+    elif type(value) in (tuple, list):
+        return type(value)(_share(item, shared) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), with every module's own flag put back."""
+    flags = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in flags.items():
+            m.training = training

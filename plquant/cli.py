@@ -1,0 +1,46 @@
+"""The command line. ``main`` answers ``--help`` at once; Lightning, which takes seconds to import, comes after."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import plquant
+
+COMMANDS = {
+    "calibrate": "Quantize a model block by block and write it to a folder.",
+    "validate": "Measure perplexity, of the original model or of a quantized one.",
+}
+
+HELP = """usage: plquant [-h] [--version] COMMAND ...
+
+Post-training quantization of large language models.
+
+commands:
+{commands}
+
+plquant COMMAND --help shows all options of one; to begin with:
+  plquant calibrate --model.checkpoint HuggingFaceTB/SmolLM2-135M --output_dir out/smollm2
+  plquant validate --model.checkpoint out/smollm2
+  plquant calibrate --model.method.help OmniQuant"""
+
+
+def main(args: Sequence[str] | None = None) -> Any:
+    """Run a command line.
+
+    Args:
+        args: Arguments after the program's name; those of the process if not given.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())))
+        return None
+    if args[0] == "--version":
+        print(f"plquant {plquant.__version__}")
+        return None
+    if args[0] not in COMMANDS:
+        sys.exit(f"plquant: {args[0]!r} is not a command; there are {', '.join(COMMANDS)}. See plquant --help.")
+    from plquant.lightning_cli import run
+
+    return run(args)

@@ -1,0 +1,13 @@
+"""Every module of this folder holds methods; importing the package makes each selectable by its short name."""
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plquant.methods.omniquant import OmniQuant as OmniQuant
+    from plquant.methods.rtn import RTN as RTN
+
+for _module in pkgutil.iter_modules(__path__):
+    _members = vars(importlib.import_module(f"{__name__}.{_module.name}"))
+    globals().update({k: v for k, v in _members.items() if getattr(v, "__module__", "").startswith(__name__)})

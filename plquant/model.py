@@ -1,0 +1,149 @@
+"""A causal language model and the way it is quantized."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from plquant.block_module import Method
+from plquant.blocks.discovery import find_blocks
+from plquant.blocks.quant_block import QuantBlock
+from plquant.formats.checkpoint import quantization_config
+from plquant.perplexity import TokenNLL
+from plquant.quant.grid import IntGrid
+from plquant.run_folder import RunFolder
+from plquant.sources import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class QuantizedLM(L.LightningModule):
+    """A causal language model and the way it is quantized.
+
+    Weights are loaded when they are first needed, so that mistakes elsewhere show before.
+
+    Args:
+        checkpoint: Hub id, folder, .gguf file, a file inside an installed package (package:NAME/FILE), or the output
+            folder of an earlier run.
+        method: How each block is calibrated; `--model.method.help OmniQuant` shows the options of one.
+        weights: Grid of integers the weights are rounded to.
+        dtype: Of activations and of weights that stay in floating point. ``auto`` keeps the checkpoint's, but bfloat16
+            for float16 and .gguf, since float16 overflows on massive activations.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        method: Method,
+        weights: IntGrid = IntGrid(),  # noqa: B008  frozen
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.checkpoint, self.method, self.weights = checkpoint, method, weights
+        self.source = Source.find(checkpoint, trust_remote_code)
+        self.config: PretrainedConfig = self.source.config()
+        self.load_dtype = self._chosen_dtype(dtype)
+        self.nll = TokenNLL()
+        self._lm: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """The checkpoint is the output of an earlier run."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = self.source.tokenizer()
+        return self._tokenizer
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        """The transformers model, loaded at first use."""
+        self.configure_model()
+        assert self._lm is not None
+        return self._lm
+
+    def configure_model(self) -> None:
+        """Load the weights, once."""
+        if self._lm is None and self.is_quantized:
+            from plquant.packed_model import load
+
+            self._lm = load(self.source.path, self.source.trust_remote_code)
+        elif self._lm is None:
+            self._lm = self.source.load(self.config, self.load_dtype)
+
+    def linear_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
+        """Full name of every linear in a block -> [O, I], and the number of all parameters; loads no weights."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.load_dtype, trust_remote_code=self.source.trust_remote_code
+            )
+        name, blocks = find_blocks(skeleton)
+        shapes = {
+            f"{name}.{path}": (module.out_features, module.in_features)
+            for path, module in blocks.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        return shapes, sum(parameter.numel() for parameter in skeleton.parameters())
+
+    def save(self, folder: RunFolder, grid: IntGrid, blocks: Sequence[QuantBlock]) -> tuple[int, list[str]]:
+        """Write all but the blocks: other tensors, config, tokenizer. The folder then is a model.
+
+        Args:
+            folder: The blocks are in it already.
+            grid: Grid of the packed linears.
+            blocks: The packed blocks.
+
+        Returns:
+            Bytes of all tensors; names of the linears that were not quantized.
+        """
+        unquantized = [name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear)]
+        config = copy.deepcopy(self.lm.config)
+        config.architectures = [type(self.lm).__name__]
+        config.quantization_config = quantization_config(grid, unquantized)
+        config.save_pretrained(folder.path)
+        self.lm.generation_config.save_pretrained(folder.path)
+        self.tokenizer.save_pretrained(folder.path)
+        inside = tuple(f"{block.name}." for block in blocks)
+        tied = self.lm.all_tied_weights_keys  # stored once, under the name they are tied to
+        rest = {k: t for k, t in self.lm.state_dict().items() if not k.startswith(inside) and k not in tied}
+        return folder.finish(len(blocks), rest), unquantized
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> logits [B, T, V]."""
+        return self.lm(ids, use_cache=False).logits
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self.nll.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Take one batch of windows into the perplexity."""
+        ids = batch[0] if isinstance(batch, list | tuple) else batch
+        self.nll.update(self(ids), ids)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean negative log-likelihood."""
+        self.log("nll", self.nll.compute().float())
+
+    def _chosen_dtype(self, dtype: str) -> torch.dtype:
+        if dtype != "auto":
+            return getattr(torch, dtype)
+        stored = self.config.dtype
+        if isinstance(stored, str):
+            stored = getattr(torch, stored)
+        is_half = self.source.gguf_file is not None or stored == torch.float16
+        return torch.bfloat16 if is_half else stored or torch.float32

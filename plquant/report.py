@@ -1,0 +1,210 @@
+"""What a run tells: a line per block, a table at the end, and the same as CSV, JSON, a plot and a model card."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import plquant
+from plquant.files import replacing, write_json
+from plquant.perplexity import PerplexityResult
+from plquant.quant.grid import IntGrid
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """Numbers of one block.
+
+    Attributes:
+        block: Index.
+        name: Name in the model.
+        error_before: Relative error per token of its output when rounded to nearest, on the quantized stream.
+        error_after: The same for the calibrated, packed block.
+        seconds: Wall time.
+    """
+
+    block: int
+    name: str
+    error_before: float
+    error_after: float
+    seconds: float
+
+    def line(self, num_blocks: int) -> str:
+        """For the terminal."""
+        return (
+            f"block {self.block + 1:>3}/{num_blocks}  error {self.error_before:.3e} -> {self.error_after:.3e} "
+            f"({self.error_after / max(self.error_before, 1e-30):.2f}x)  {self.seconds:.1f} s"
+        )
+
+
+@dataclass
+class Report:
+    """Everything a run measured.
+
+    Attributes:
+        checkpoint: What was quantized.
+        method: Name of the method.
+        grid: Grid of the weights.
+        blocks: One record per block.
+        perplexities: ``full precision``, ``RTN`` and the run itself, as far as they were evaluated.
+        bytes_before: Size of the checkpoint's parameters in the dtype they were loaded in.
+        bytes_after: Size of the tensors written.
+        unquantized: Linears that keep their floating-point weight.
+        seconds: Wall time of the run.
+    """
+
+    checkpoint: str
+    method: str
+    grid: IntGrid
+    blocks: list[BlockRecord] = field(default_factory=list)
+    perplexities: dict[str, PerplexityResult] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    unquantized: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The run in the words of papers: ``OmniQuant W4A16 g64``."""
+        group = "per channel" if self.grid.group_size is None else f"g{self.grid.group_size}"
+        axis = "" if self.grid.axis == "in" else " per input channel"
+        return f"{self.method} W{self.grid.bits}A16 {group}{axis}{' symmetric' if self.grid.symmetric else ''}"
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Name, perplexity, word perplexity and size of each model measured."""
+        sizes = {"full precision": self.bytes_before, "RTN": self.bytes_after, self.title: self.bytes_after}
+        return [
+            (name, f"{r.perplexity:,.3f}", f"{r.word_perplexity:,.2f}", f"{sizes[name] / 2**20:.1f} MiB")
+            for name, r in self.perplexities.items()
+        ]
+
+    def print(self) -> None:
+        """The table at the end of a run."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+        if self.perplexities:
+            protocol = next(iter(self.perplexities.values())).protocol
+            table = Table(
+                title=f"{protocol['text']}: {protocol['windows']} windows of {protocol['window_length']} tokens"
+            )
+            for column, justify in (
+                ("model", "left"),
+                ("perplexity", "right"),
+                ("word perplexity", "right"),
+                ("size", "right"),
+            ):
+                table.add_column(column, justify=justify)  # type: ignore[arg-type]
+            for row in self.rows():
+                table.add_row(*row)
+            console.print(table)
+        console.print(
+            f"{self.title}: {self.bytes_after / 2**20:.1f} MiB on disk ({self.bytes_before / 2**20:.1f} before), "
+            f"{self.seconds / 60:.1f} minutes, peak memory {peak_memory()}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        simple = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("grid", "blocks", "perplexities")
+        }
+        return simple | {
+            "grid": asdict(self.grid),
+            "blocks": [asdict(block) for block in self.blocks],
+            "perplexities": {name: result.as_dict() for name, result in self.perplexities.items()},
+            "peak_memory": peak_memory(),
+            "versions": versions(),
+        }
+
+    def write(self, folder: Path) -> None:
+        """blocks.csv, report.json, blocks.png and README.md."""
+        write_json(folder / "report.json", self.as_dict())
+        with replacing(folder / "blocks.csv") as partial, open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(BlockRecord)])
+            writer.writeheader()
+            writer.writerows(asdict(block) for block in self.blocks)
+        with replacing(folder / "README.md") as partial:
+            partial.write_text(self.card())
+        self.plot(folder / "blocks.png")
+
+    def plot(self, path: Path) -> None:
+        """Error of every block's output before and after."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        indices = [block.block for block in self.blocks]
+        axes.plot(indices, [block.error_before for block in self.blocks], "o-", label="rounded to nearest")
+        axes.plot(indices, [block.error_after for block in self.blocks], "o-", label=self.title)
+        axes.set(xlabel="block", ylabel="relative error per token", yscale="log", title=self.checkpoint)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=120)
+
+    def card(self) -> str:
+        """The model card."""
+        rows = "\n".join(f"| {' | '.join(row)} |" for row in self.rows()) or "| not evaluated | | | |"
+        measured = ""
+        if self.perplexities:
+            protocol = next(iter(self.perplexities.values())).protocol
+            measured = (
+                f"\nMeasured on {protocol['text']}: {protocol['windows']} windows of {protocol['window_length']} "
+                f"tokens, text sha256 `{protocol['text_sha256'][:16]}`.\n"
+            )
+        kept = ", ".join(f"`{name}`" for name in self.unquantized) or "none"
+        return f"""---
+base_model: {self.checkpoint}
+tags: [plquant, compressed-tensors, quantized]
+---
+# {self.title}
+
+Quantized from `{self.checkpoint}` by plquant {plquant.__version__}.
+
+| model | perplexity | word perplexity | size |
+|---|---|---|---|
+{rows}
+{measured}
+Linears not quantized: {kept}. `config.yaml`, where there is one, repeats the run.
+
+Stock transformers with compressed-tensors opens this folder:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+compressed-tensors 0.18 and later fail to load asymmetric group and channel grids on the meta device; pass
+`quantization_config=CompressedTensorsConfig(dequantize=True)` there, or use `plquant.load(folder)`, which also keeps
+the weights packed in memory.
+"""
+
+
+def peak_memory() -> str:
+    """Greatest resident memory of this process, and on a GPU the greatest allocation, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+    if torch.cuda.is_available():
+        text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    return text
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part."""
+    import compressed_tensors
+    import lightning
+    import transformers
+
+    modules = {"plquant": plquant, "torch": torch, "lightning": lightning, "transformers": transformers}
+    found = {name: module.__version__ for name, module in modules.items()}
+    return found | {"compressed-tensors": compressed_tensors.__version__, "python": platform.python_version()}

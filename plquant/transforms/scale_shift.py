@@ -1,0 +1,95 @@
+"""LET, OmniQuant's learnable equivalent transformation (arXiv 2308.13137, section 3.3): scale and shift a channel.
+
+A *source* (a norm or a linear) writes the channels, its *consumers* (linears) read them:
+
+    source:    y  -> (y - shift) / scale
+    consumer:  W  -> W diag(scale),   b -> b + W shift
+
+so that W y + b is the same number before quantization, while the weight that is rounded is W diag(scale).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def source_bias(bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> Tensor | None:
+    """The source's bias [C] after the transform: ``(b - shift) / scale``.
+
+    Raises:
+        ValueError: A shift, but no bias that could take it.
+    """
+    if bias is None:
+        if shift is not None:
+            raise ValueError("a shift was given, but the source has no bias that could take it; use shift=None")
+        return None
+    return (bias if shift is None else bias - shift) / scale
+
+
+def consumer_bias(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """A consumer's bias [O] after the transform: ``b + W shift``, with the weight [O, I] from before it.
+
+    Raises:
+        ValueError: A shift, but no bias that could take it.
+    """
+    if shift is None:
+        return bias
+    if bias is None:
+        raise ValueError("a shift was given, but the consumer has no bias that could take it; use shift=None")
+    return bias + weight.to(shift.dtype) @ shift
+
+
+def fold_source(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None = None, gain_offset: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """The source's parameters after the transform: its output becomes ``(y - shift) / scale``.
+
+    Args:
+        weight: [C] of a norm, whose gain is ``weight + gain_offset``, or [C, I] of a linear.
+        bias: [C] or ``None``.
+        scale: [C], positive.
+        shift: [C] or ``None``.
+        gain_offset: 1.0 for norms which multiply by ``1 + weight`` (Gemma), else 0.0.
+    """
+    if weight.ndim == 1:
+        weight = (weight + gain_offset) / scale - gain_offset
+    else:
+        weight = weight / scale[:, None]
+    return weight, source_bias(bias, scale, shift)
+
+
+def fold_consumer(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A consumer's parameters after the transform.
+
+    Args:
+        weight: [O, I], from before the transform.
+        bias: [O] or ``None``.
+        scale: [I]: the source's scale, gathered to the consumer's input channels.
+        shift: [I], gathered likewise, or ``None``.
+    """
+    return weight * scale, consumer_bias(weight, bias, shift)
+
+
+class ScaleShift(nn.Module):
+    """The learnable scale and shift of one site.
+
+    The scale is ``exp(log_scale)``: positive at every step, so that it can always be divided by (the official code
+    truncates a free parameter at 0.01 instead).
+
+    Args:
+        channels: Width of the source's output.
+        shift: Learn a shift too; only where source and consumers have a bias.
+    """
+
+    def __init__(self, channels: int, shift: bool = False) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.zeros(channels, dtype=torch.float32)) if shift else None
+
+    @property
+    def scale(self) -> Tensor:
+        """The positive scale, fp32 [channels]."""
+        return self.log_scale.exp()

@@ -1,0 +1,90 @@
+"""Tiny random models, one per family of architectures, nothing in them at a value that hides mistakes; a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCAB = 96
+HIDDEN = 64
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Gemma attends over 4 tokens in every other layer; its heads are, as in the real ones, not hidden / num_heads wide.
+_GEMMA: dict[str, Any] = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_mha": ("llama", {"num_key_value_heads": 4, "intermediate_size": HIDDEN}),
+    "llama_mqa": ("llama", {"num_key_value_heads": 1, "hidden_size": 32, "num_hidden_layers": 3}),
+    "mistral": ("mistral", {"sliding_window": 4}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma3": ("gemma3_text", _GEMMA),
+    "phi3": ("phi3", {}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN}),
+}
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A model of this family in evaluation mode, fp32, with every parameter random; the global RNG is left alone.
+
+    Args:
+        family: Key of ``FAMILIES``.
+        seed: Of the parameters.
+        overrides: Of the transformers config, or ``attn_implementation``.
+    """
+    model_type, family_config = _CONFIGS[family]
+    attention = {key: overrides.pop(key) for key in ("attn_implementation",) if key in overrides}
+    config = _COMMON | family_config | overrides
+    if "layer_types" in config:
+        kinds = config["layer_types"]
+        config["layer_types"] = [kinds[i % len(kinds)] for i in range(config["num_hidden_layers"])]
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config), **attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=p.shape[-1] ** -0.5, generator=generator)
+            else:  # around where it starts: gains 1 (or 0 where the norm adds the 1), biases 0
+                p.add_(torch.empty_like(p).uniform_(-0.5, 0.5, generator=generator))
+    return model.float().eval()
+
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: partial(tiny_model, family) for family in _CONFIGS}
+
+BOS, EOS, VOCABULARY = 256, 257, 258
+
+
+def byte_tokenizer(bos: bool = False, **options: Any) -> Any:
+    """One token per byte of UTF-8, then BOS and EOS; ``bos`` puts BOS before every text."""
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", model_max_length=16, **options)

@@ -1,0 +1,209 @@
+"""One block of every family: transforms are equivalences, what is trained is what is folded, and fitting helps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from plquant.block_module import BlockModule, token_error
+from plquant.blocks.activations import Activations
+from plquant.blocks.capture import capture_inputs
+from plquant.blocks.discovery import _AllDouble
+from plquant.blocks.prepare import prepare_blocks
+from plquant.blocks.quant_block import QuantBlock
+from plquant.methods import RTN, OmniQuant
+from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.nn.packed_linear import PackedLinear
+from plquant.nn.transformed_norm import TransformedNorm
+from plquant.quant.grid import IntGrid
+from tests.families import FAMILIES, VOCAB, tiny_model
+
+GRID = IntGrid(3, 16)
+
+
+def make_block(family: str, dtype: torch.dtype = torch.float32, grid: IntGrid = GRID) -> tuple[QuantBlock, Tensor]:
+    lm = tiny_model(family).to(dtype)
+    ids = torch.randint(3, VOCAB, (6, 24), generator=torch.Generator().manual_seed(0))
+    blocks = prepare_blocks(lm, grid, ids)
+    return blocks[0], capture_inputs(lm, [block.layer for block in blocks], ids)
+
+
+def randomize_(module: OmniQuant, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameters in module.learnables().values():
+            for p in parameters:
+                p.add_(torch.empty_like(p).uniform_(-1, 1, generator=generator))
+
+
+def without_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the transforms, take the rounding away."""
+
+    def scaled(weight: Tensor, grid: IntGrid, clip: Any, in_scale: Any, out_scale: Any, dtype: Any) -> Tensor:
+        weight = weight if in_scale is None else weight * in_scale
+        return weight if out_scale is None else weight * out_scale[:, None]
+
+    monkeypatch.setattr("plquant.nn.fake_quant_linear.fake_quantize", scaled)
+
+
+def fit(module: BlockModule, x: Tensor, target: Tensor, epochs: int = 15, **options: Any) -> L.Trainer:
+    module.activations = Activations((x, target), 2, 0)
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, module.activations.shuffled())
+    return trainer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_transforms_leave_the_block_as_it_was(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = make_block(family, torch.float64)
+    module = OmniQuant(block).double()
+    randomize_(module)
+    without_rounding(monkeypatch)
+    with torch.no_grad(), _AllDouble():
+        with block.full_precision():
+            reference = block(x)
+        added = (reference - x).norm()
+        assert (block(x) - reference).norm() / added < 1e-9
+        norm = next(m for m in block.modules() if isinstance(m, TransformedNorm))
+        norm.enabled = False  # negative control: one side of one site left out
+        assert (block(x) - reference).norm() / added > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_block_is_the_trained_block(family: str) -> None:
+    block, x = make_block(family)
+    module = OmniQuant(block)
+    randomize_(module)
+    with torch.no_grad():
+        trained = block(x)
+        codes = {name: linear.quantize().codes for name, linear in block.linears.items()}
+        module.fold()
+        packed = block(x)
+    assert not any(isinstance(m, FakeQuantLinear | TransformedNorm) for m in block.modules())
+    for name, expected in codes.items():
+        linear = block.layer.get_submodule(name)
+        assert isinstance(linear, PackedLinear)
+        assert torch.equal(linear.quantized().codes, expected)
+    torch.testing.assert_close(packed, trained, rtol=1e-4, atol=1e-4 * float(trained.abs().max()))
+
+
+def test_packed_bf16_weights_are_the_trained_ones_bit_for_bit() -> None:
+    block, _ = make_block("llama", torch.bfloat16)
+    module = OmniQuant(block)
+    randomize_(module)
+    inputs = {name: torch.eye(linear.in_features, dtype=torch.bfloat16) for name, linear in block.linears.items()}
+    trained = {name: linear(inputs[name]) for name, linear in block.linears.items()}
+    module.fold()
+    for name, expected in trained.items():
+        assert torch.equal(block.layer.get_submodule(name)(inputs[name]), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "qwen2"])
+def test_fitting_beats_rounding_and_moves_every_parameter(family: str) -> None:
+    block, x = make_block(family)
+    with torch.no_grad():
+        with block.full_precision():
+            target = block(x)
+        before = float(token_error(block(x), target))
+    frozen = {name: p.clone() for name, p in block.named_parameters()}
+    module = OmniQuant(block, alpha=None, lwc_lr=3e-2)
+    start = [p.detach().clone() for ps in module.learnables().values() for p in ps]
+    module.error_before = before
+    fit(module, x, target)
+    trained = [p for ps in module.learnables().values() for p in ps]
+    assert all((p != s).any() for p, s in zip(trained, start, strict=True))
+    assert {id(p) for p in module.parameters() if p.requires_grad} == {id(p) for p in trained}
+    parameters = dict(block.named_parameters())
+    for name, p in frozen.items():
+        kept = parameters.get(
+            name, parameters.get(name.replace("norm.weight", "norm.norm.weight").replace("norm.bias", "norm.norm.bias"))
+        )
+        assert kept is not None and torch.equal(kept, p)
+    with torch.no_grad():
+        module.fold()
+        after = float(token_error(block(x), target))
+    assert after < 0.9 * before
+
+
+def test_the_best_epoch_is_kept() -> None:
+    block, x = make_block("llama")
+    with torch.no_grad(), block.full_precision():
+        target = block(x)
+    module = OmniQuant(block, alpha=None)
+    states: list[tuple[float, list[Tensor]]] = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert isinstance(pl_module, OmniQuant)
+            loss = float(pl_module._epoch_loss.compute())
+            states.append((loss, [p.detach().clone() for p in pl_module._trained()]))
+            if len(states) == 3:  # from here on it gets worse
+                for group in trainer.optimizers[0].param_groups:
+                    group["lr"] = 30.0
+
+    fit(module, x, target, epochs=6, callbacks=[Watch()])
+    best = min(states, key=lambda state: state[0])[1]
+    assert all(torch.equal(p, b) for p, b in zip(module._trained(), best, strict=True))
+    assert any((p != last).any() for p, last in zip(module._trained(), states[-1][1], strict=True))
+
+
+def test_augmented_loss_adds_the_second_target() -> None:
+    block, x = make_block("llama")
+    module = OmniQuant(block, aug_loss=True)
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    assert module.wants_augmented_target
+    target, other = torch.randn_like(x), torch.randn_like(x)
+    with torch.no_grad():
+        both = module.training_step([x, target, other], 0)
+        apart = module.training_step([x, target], 0) + module.training_step([x, other], 0)
+    torch.testing.assert_close(both, apart)
+
+
+def test_transforms_start_at_smoothquants_scale() -> None:
+    block, x = make_block("llama_mqa")
+    module = OmniQuant(block, alpha=0.5)
+    module.activations = Activations((x, x), 2, 0)
+    module.configure_model()
+    linear = block.linears["self_attn.o_proj"]
+    seen: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad(), block.full_precision():
+        block(x)
+    ratio = seen[0].abs().amax((0, 1)).sqrt() / linear.weight.abs().amax(0).sqrt()
+    expected = ratio.view(4, -1).amax(0).log()  # one key-value head, read by four query heads
+    (transform,) = [t for t, s in zip(module.transforms, block.sites, strict=True) if s.source == "self_attn.v_proj"]
+    torch.testing.assert_close(transform.log_scale.detach(), expected - expected.mean())
+
+
+@pytest.mark.parametrize("method", [RTN, lambda block: OmniQuant(block, let=False)])
+def test_parts_are_only_those_asked_for(method: Callable[[QuantBlock], BlockModule]) -> None:
+    block, _ = make_block("llama")
+    module = method(block)
+    assert bool(module.learnables()) == (method is not RTN)
+    assert not any(isinstance(m, TransformedNorm) for m in block.modules())
+
+
+def test_nothing_to_learn_is_refused() -> None:
+    block, _ = make_block("llama")
+    with pytest.raises(ValueError, match="leaves nothing to learn; use RTN"):
+        OmniQuant(block, lwc=False, let=False)
+
+
+def test_a_token_with_a_massive_activation_counts_like_any_other() -> None:
+    target = torch.randn(1, 8, 16)
+    target[0, 0] *= 1e4
+    output = target * 1.1
+    torch.testing.assert_close(token_error(output, target), torch.tensor(0.01), rtol=1e-3, atol=0)
+    output[0, 0] = target[0, 0]
+    torch.testing.assert_close(token_error(output, target), torch.tensor(0.01 * 7 / 8), rtol=1e-3, atol=0)

@@ -1,0 +1,78 @@
+"""Who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "plquant"
+# A module may import those of its own entry's value, and its own folder. What is not named is at the top.
+BELOW = {
+    "files": [],
+    "quant": [],
+    "transforms": [],
+    "formats": ["files", "quant"],
+    "nn": ["quant", "transforms", "formats"],
+    "blocks": ["quant", "transforms", "nn"],
+    "block_module": ["quant", "nn", "blocks"],
+    "methods": ["quant", "transforms", "blocks", "block_module"],
+    "data": [],
+    "callbacks": ["block_module"],
+    "perplexity": [],
+    "sources": [],
+    "run_folder": ["files", "formats"],
+    "packed_model": ["quant", "formats", "nn"],
+    "report": ["files", "quant", "perplexity", ""],
+    "model": ["quant", "formats", "blocks", "block_module", "perplexity", "sources", "run_folder", "packed_model"],
+    "trainer": [
+        *[
+            "",
+            "quant",
+            "blocks",
+            "block_module",
+            "data",
+            "files",
+            "formats",
+            "model",
+            "callbacks",
+            "perplexity",
+            "report",
+        ],
+        "run_folder",
+    ],
+}
+PURE = {"quant", "transforms"}  # never lightning or transformers
+MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_lower_layers_never_name_upper_ones(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    layer = parts[0]
+    if layer in PURE:
+        assert not {name.split(".")[0] for name in imports(path)} & {"lightning", "transformers"}
+    if layer in BELOW:
+        ours = {name.partition(".")[2].split(".")[0] for name in imports(path) if name.split(".")[0] == "plquant"}
+        assert ours <= {*BELOW[layer], layer}
+
+
+def test_no_file_over_500_lines() -> None:
+    root = PACKAGE.parent
+    long = [
+        p
+        for folder in ("plquant", "bench")
+        for p in (root / folder).rglob("*.py")
+        if len(p.read_text().splitlines()) > 500
+    ]
+    assert not long
