@@ -94,13 +94,12 @@ def plain_step(tokens: int, grid: IntGrid) -> Callable[[], None]:
 def omniquant_step(tokens: int, grid: IntGrid, plain: bool) -> tuple[Callable[[], None], BlockModule]:
     """One step of OmniQuant: ours in bf16 autocast, or plain operations in fp32."""
     block, x, target = make_block(tokens, torch.float32 if plain else torch.bfloat16, grid)
-    module = OmniQuant(block, alpha=None)
+    module = OmniQuant(block, alpha=None, schedule="constant")
     if plain:
         for linear in block.linears.values():
             linear.__class__ = PlainFakeQuantLinear
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     optimizer = module.configure_optimizers()
-    assert optimizer is not None
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=not plain):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import torch
@@ -31,6 +31,9 @@ def token_error(output: Tensor, target: Tensor) -> Tensor:
     target = target.float()
     squares = (output.float() - target).square().mean(-1)
     return (squares / target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
+
+
+Schedule = Literal["cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class BlockModule(L.LightningModule):
     """
 
     wants_augmented_target = False
+    schedule: Schedule = "cosine"  # of the learning rates; cosine falls to zero over the run of the block
 
     def __init__(self, block: QuantBlock) -> None:
         super().__init__()
@@ -104,10 +108,17 @@ class BlockModule(L.LightningModule):
         x, target, *_ = batch
         self.log("error", token_error(self(x), target), batch_size=len(x))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """AdamW without decay, one group per learning rate."""
+    def configure_optimizers(self) -> Any:
+        """AdamW without decay, one group per learning rate, and the schedule of the rates."""
         groups = [{"params": parameters, "lr": lr} for lr, parameters in self.learnables().items() if parameters]
-        return torch.optim.AdamW(groups, weight_decay=0.0, fused=True) if groups else None
+        if not groups:
+            return None
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        if self.schedule == "constant":
+            return optimizer
+        steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_epoch_end(self) -> None:
         """Remember the parameters if this was the best epoch so far."""

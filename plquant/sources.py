@@ -86,8 +86,15 @@ class Source:
     def load(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """The model in evaluation mode, on the CPU, in ``dtype``."""
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
-        lm = AutoModelForCausalLM.from_pretrained(self.path, config=config, dtype=dtype, **self._arguments())
+        verbosity = logging.get_verbosity()
+        if self.gguf_file is not None:
+            logging.set_verbosity_error()  # it advises float32 for kernels that run .gguf weights as they are
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(self.path, config=config, dtype=dtype, **self._arguments())
+        finally:
+            logging.set_verbosity(verbosity)
         return lm.eval().requires_grad_(False)
 
 

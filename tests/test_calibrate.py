@@ -168,12 +168,12 @@ def test_command_line_gives_the_bits_of_the_script(
 class Interrupt(L.Callback):
     """Stops the process's run at a block, as Ctrl-C would."""
 
-    def __init__(self, block: int) -> None:
-        self.block = block
+    def __init__(self, block: int, error: type[BaseException] = RuntimeError) -> None:
+        self.block, self.error = block, error
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         if pl_module.block.index == self.block:
-            raise RuntimeError("stop here")
+            raise self.error("stop here")
 
 
 @pytest.mark.parametrize("block", [0, 2])
@@ -188,6 +188,16 @@ def test_interrupted_run_goes_on_to_the_same_bits(
     assert same(tensors(finished[0]), tensors(out))
     assert [r.error_after for r in report.blocks] == [r.error_after for r in finished[1].blocks]
     assert ("going on with block 3" in capsys.readouterr().out) == (block == 2)
+
+
+def test_ctrl_c_ends_the_run_and_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(checkpoint, tmp_path, callbacks=[Interrupt(1, KeyboardInterrupt)])
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "recipe.json",
+        "model-block-000.safetensors",
+        "model-block-000.safetensors.json",
+    }
 
 
 def test_another_recipe_does_not_go_on(checkpoint: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_help_of_a_method_is_its_docstring(capsys: pytest.CaptureFixture[str]) -
         main(["calibrate", "--model.method.help", "OmniQuant"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--model.method.lwc_lr" in text and "Learning rate of the clipping strengths." in text
+    assert "--model.method.lwc_lr" in text and "Learning rate of the clipping strengths (logits)." in text
 
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,5 +115,5 @@ class TokenIds(TextData):
 
 def vocabulary_size(model: Any) -> int:
     """Ids the model can embed (the embedding may have more rows than the tokenizer has tokens)."""
-    lm = getattr(model, "lm", None)
-    return len(model.tokenizer) if lm is None else lm.config.get_text_config().vocab_size
+    config = getattr(model, "config", None)
+    return len(model.tokenizer) if config is None else config.get_text_config().vocab_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from plquant.block_module import BlockModule
+from plquant.block_module import BlockModule, Schedule
 from plquant.blocks.discovery import Site
 from plquant.blocks.quant_block import QuantBlock
 from plquant.quant.clipping import LearnedClipping
@@ -21,8 +21,11 @@ class OmniQuant(BlockModule):
         lwc: Learn weight clipping (LWC): two numbers per group.
         let: Learn an equivalent transformation (LET) wherever the block admits one: a scale per channel, and a shift
             where biases can take it up. It is folded into the weights and costs nothing at run time.
-        lwc_lr: Learning rate of the clipping strengths.
-        let_lr: Learning rate of the transformation.
+        lwc_lr: Learning rate of the clipping strengths (logits).
+        let_lr: Learning rate of the transformation (logarithms of scales).
+        schedule: ``cosine`` lets both rates fall to zero, ``constant`` keeps them, as the paper does with rates of
+            1e-2 and 5e-3. A step sees few tokens: at a high constant rate what is learned keeps trembling, at a low
+            one it does not get far enough.
         alpha: The transformation starts at max|x|^alpha / max|w|^(1 - alpha) per channel, as in SmoothQuant; ``null``
             starts at the identity.
         aug_loss: Also fit to what the full-precision block makes of the quantized input. One more activation stream.
@@ -33,8 +36,9 @@ class OmniQuant(BlockModule):
         block: QuantBlock,
         lwc: bool = True,
         let: bool = True,
-        lwc_lr: float = 1e-2,
+        lwc_lr: float = 1e-1,
         let_lr: float = 5e-3,
+        schedule: Schedule = "cosine",
         alpha: float | None = 0.5,
         aug_loss: bool = False,
     ) -> None:
@@ -43,6 +47,7 @@ class OmniQuant(BlockModule):
             raise ValueError("--model.method.lwc=false with --model.method.let=false leaves nothing to learn; use RTN")
         self.save_hyperparameters(ignore=["block"])
         self.wants_augmented_target = aug_loss
+        self.schedule = schedule
         self.clips: list[LearnedClipping] = []
         self.transforms: list[ScaleShift] = []
         if lwc:

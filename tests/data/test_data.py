@@ -386,7 +386,9 @@ def test_ids_outside_the_vocabulary_are_refused(ids_file: str) -> None:
         TokenIds(ids_file, calibration_key="foreign").calibration_ids(MODEL)
     with fails("negative", "-100 to 5"):
         TokenIds(ids_file, validation_key="negative").evaluation_text(MODEL)
-    wider = SimpleNamespace(tokenizer=MODEL.tokenizer, lm=tiny_llama(vocab_size=301))  # an embedding padded with rows
+    wider = SimpleNamespace(
+        tokenizer=MODEL.tokenizer, config=tiny_llama(vocab_size=301).config
+    )  # an embedding padded with rows
     assert TokenIds(ids_file, calibration_key="foreign").calibration_ids(wider).max() == 300
 
 

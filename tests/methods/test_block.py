@@ -140,7 +140,7 @@ def test_the_best_epoch_is_kept() -> None:
     block, x = make_block("llama")
     with torch.no_grad(), block.full_precision():
         target = block(x)
-    module = OmniQuant(block, alpha=None)
+    module = OmniQuant(block, alpha=None, schedule="constant")
     states: list[tuple[float, list[Tensor]]] = []
 
     class Watch(L.Callback):
@@ -156,6 +156,13 @@ def test_the_best_epoch_is_kept() -> None:
     best = min(states, key=lambda state: state[0])[1]
     assert all(torch.equal(p, b) for p, b in zip(module._trained(), best, strict=True))
     assert any((p != last).any() for p, last in zip(module._trained(), states[-1][1], strict=True))
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("constant", 0.1)])
+def test_learning_rates_follow_the_schedule(schedule: Any, last: float) -> None:
+    block, x = make_block("llama")
+    trainer = fit(OmniQuant(block, alpha=None, schedule=schedule), x, x, epochs=2)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(last)
 
 
 def test_augmented_loss_adds_the_second_target() -> None:
