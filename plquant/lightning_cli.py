@@ -8,7 +8,6 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import plquant.methods  # noqa: F401  registers the methods' short names
-from plquant.cli import COMMANDS
 from plquant.data import TextData
 from plquant.model import QuantizedLM
 from plquant.trainer import BlockwiseTrainer
@@ -20,7 +19,7 @@ class PlquantCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, and those of their arguments that are made from sections of the configuration."""
-        return {command: {"model", "datamodule"} for command in COMMANDS}
+        return {"calibrate": {"model", "datamodule"}, "validate": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that work for a newcomer, on a machine without a network too."""

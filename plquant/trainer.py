@@ -92,6 +92,7 @@ class BlockwiseTrainer(L.Trainer):
             evaluate: Measure perplexity in full precision, rounded to nearest, and calibrated.
         """
         started = time.monotonic()
+        evaluate = evaluate and not self._block_arguments.get("fast_dev_run")
         grid, folder, done = self._check(model, datamodule, output_dir)
         if evaluate:
             datamodule.evaluation_text(model)  # so that a text too short is refused now, not at the end
@@ -148,9 +149,10 @@ class BlockwiseTrainer(L.Trainer):
             with self._on_device(block), block.full_precision():
                 block.map_(tensors[-1], _at_once(x_q))
         self._fit(module, Activations(tuple(tensors), batch_size, seed))
-        with self._on_device(block):
+        with self._on_device(block):  # Lightning has put it back on the CPU
             module.fold()
             block.map_(x_q, _at_once(x_q))
+        block.cpu()
         after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
         return BlockRecord(block.index, block.name, before, after, time.monotonic() - started)
 
@@ -174,6 +176,7 @@ class BlockwiseTrainer(L.Trainer):
                 block.map_(x_fp, _at_once(x_fp))
             block.load_(tensors)
             block.map_(x_q, _at_once(x_q))
+        block.cpu()
         return BlockRecord(**record)
 
     def validate(  # type: ignore[override]
@@ -210,6 +213,12 @@ class BlockwiseTrainer(L.Trainer):
             super().validate(model, datamodule=datamodule, verbose=False)
         dtype = str(model.lm.dtype).removeprefix("torch.")
         protocol = datamodule.evaluation_text(model).protocol
+        asked = protocol["tokens"] - protocol["windows"]  # all but the first token of every window
+        if int(model.nll.tokens) != asked:
+            raise ValueError(
+                f"{int(model.nll.tokens)} of {asked} tokens were measured: a perplexity is that of the whole text asked "
+                "for. Leave out --trainer.limit_val_batches and --trainer.fast_dev_run; use --data.eval_windows."
+            )
         return PerplexityResult(model.checkpoint, float(model.nll.compute()), f"{dtype}, {self.precision}", protocol)
 
     def _check(self, model: QuantizedLM, datamodule: TextData, output_dir: str) -> tuple[IntGrid, RunFolder, int]:
@@ -254,11 +263,10 @@ class BlockwiseTrainer(L.Trainer):
 
     @contextmanager
     def _on_device(self, block: QuantBlock) -> Iterator[None]:
-        """The block on the trainer's device and in its precision; back on the CPU afterwards."""
+        """The block on the trainer's device, where it stays, and in its precision."""
         block.to(self.strategy.root_device)
         with torch.no_grad(), self.strategy.precision_plugin.forward_context():
             yield
-        block.cpu()
 
     @staticmethod
     def _error(block: QuantBlock, x: Tensor, target: Tensor) -> float:

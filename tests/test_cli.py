@@ -199,3 +199,8 @@ def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Pa
     calibrate(checkpoint, tmp_path / "out", "--evaluate", "false")
     with pytest.raises(SystemExit, match="is quantized already; give the original model"):
         calibrate(tmp_path / "out", tmp_path / "twice")
+
+
+def test_part_of_the_text_is_no_perplexity(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="63 of 126 tokens were measured.*--trainer.limit_val_batches"):
+        calibrate(checkpoint, tmp_path / "out", "--trainer.limit_val_batches", "1")
