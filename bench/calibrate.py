@@ -12,11 +12,15 @@ Interleaved runs, medians; a table for people, the last line is JSON. Three ways
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import platform
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -143,6 +147,24 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
     return {name: statistics.median(values[2:]) for name, values in times.items()}
 
 
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append the rows, with when and where they were measured."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    where = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, [*where, *rows[0]])
+        if is_new:
+            writer.writeheader()
+        writer.writerows(where | {k: round(v, 3) for k, v in row.items()} for row in rows)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,6 +172,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="rounds")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group_size", type=int, default=64)
+    parser.add_argument(
+        "--results", default=str(Path(__file__).parent / "results" / "calibrate.csv"), help="rows go here"
+    )
     options = parser.parse_args()
     grid = IntGrid(options.bits, options.group_size)
     rows: list[dict[str, Any]] = []
@@ -167,6 +192,7 @@ def main() -> None:
         print(" | ".join(f"{value:17.2f}" for value in row.values()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"milliseconds, medians of {options.repeats}; {torch.get_num_threads()} threads; peak memory {peak:.2f} GiB")
+    write_csv(Path(options.results), rows)
     print(json.dumps({"rows": rows, "threads": torch.get_num_threads(), "peak_gib": peak, "torch": torch.__version__}))
 
 

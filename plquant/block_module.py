@@ -120,6 +120,10 @@ class BlockModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Where it starts from, should no epoch be any good (a NaN is not)."""
+        self._best_state = [parameter.detach().clone() for parameter in self._trained()]
+
     def on_train_epoch_end(self) -> None:
         """Remember the parameters if this was the best epoch so far."""
         self.log("block", float(self.block.index))
@@ -131,7 +135,7 @@ class BlockModule(L.LightningModule):
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Go back to the best epoch."""
-        for parameter, best in zip(self._trained(), self._best_state, strict=False):
+        for parameter, best in zip(self._trained(), self._best_state, strict=True):
             parameter.copy_(best)
 
     def fold(self) -> None:

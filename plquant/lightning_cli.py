@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -46,6 +47,8 @@ def run(args: list[str]) -> Any:
             args=None if args == sys.argv[1:] else args,
         )
     except (ValueError, OSError) as error:
+        if os.environ.get("PLQUANT_DEBUG"):
+            raise
         sys.exit(f"plquant: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("plquant: interrupted; the same command goes on with the first unfinished block")
+        sys.exit("plquant: interrupted; `calibrate` goes on with the first unfinished block when run again")

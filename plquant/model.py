@@ -79,7 +79,7 @@ class QuantizedLM(L.LightningModule):
         if self._lm is None and self.is_quantized:
             from plquant.packed_model import load
 
-            self._lm = load(self.source.path, self.source.trust_remote_code)
+            self._lm = load(self.source.path, self.load_dtype, self.source.trust_remote_code)
         elif self._lm is None:
             self._lm = self.source.load(self.config, self.load_dtype)
 
@@ -99,8 +99,8 @@ class QuantizedLM(L.LightningModule):
         }
         return shapes, sum(parameter.numel() for parameter in skeleton.parameters())
 
-    def save(self, folder: RunFolder, grid: IntGrid, blocks: Sequence[QuantBlock]) -> tuple[int, list[str]]:
-        """Write all but the blocks: other tensors, config, tokenizer. The folder then is a model.
+    def save_rest(self, folder: RunFolder, grid: IntGrid, blocks: Sequence[QuantBlock]) -> tuple[int, list[str]]:
+        """Write all but the blocks: other tensors, config, tokenizer.
 
         Args:
             folder: The blocks are in it already.
@@ -108,7 +108,7 @@ class QuantizedLM(L.LightningModule):
             blocks: The packed blocks.
 
         Returns:
-            Bytes of all tensors; names of the linears that were not quantized.
+            Bytes of all files of tensors; names of the linears that were not quantized.
         """
         unquantized = [name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear)]
         config = copy.deepcopy(self.lm.config)
@@ -120,7 +120,7 @@ class QuantizedLM(L.LightningModule):
         inside = tuple(f"{block.name}." for block in blocks)
         tied = self.lm.all_tied_weights_keys  # stored once, under the name they are tied to
         rest = {k: t for k, t in self.lm.state_dict().items() if not k.startswith(inside) and k not in tied}
-        return folder.finish(len(blocks), rest), unquantized
+        return folder.write_rest(rest), unquantized
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> logits [B, T, V]."""

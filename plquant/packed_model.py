@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -55,11 +56,12 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def load(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def load(folder: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model quantized by plquant, its linears running from packed integers.
 
     Args:
         folder: Output folder of ``plquant calibrate``.
+        dtype: Of activations, scales and what is not quantized; the folder's own if not given.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
@@ -73,6 +75,6 @@ def load(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel
     linears = packed_linears(Path(folder))
     config.quantization_config = {"quant_method": QUANT_METHOD, "stored": stored, "linears": linears}
     lm = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=config.dtype, trust_remote_code=trust_remote_code
+        folder, config=config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
     )
     return lm.eval().requires_grad_(False)

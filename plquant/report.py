@@ -41,6 +41,7 @@ class BlockRecord:
         return (
             f"block {self.block + 1:>3}/{num_blocks}  error {self.error_before:.3e} -> {self.error_after:.3e} "
             f"({self.error_after / max(self.error_before, 1e-30):.2f}x)  {self.seconds:.1f} s"
+            f"{'' if self.error_after <= self.error_before else '  WORSE THAN ROUNDING TO NEAREST'}"
         )
 
 
@@ -184,9 +185,9 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-compressed-tensors 0.18 and later fail to load asymmetric group and channel grids on the meta device; pass
-`quantization_config=CompressedTensorsConfig(dequantize=True)` there, or use `plquant.load(folder)`, which also keeps
-the weights packed in memory.
+compressed-tensors 0.18 and later fail to load asymmetric group and channel grids on the meta device unless
+`quantization_config=CompressedTensorsConfig(dequantize=True)` is passed. `plquant.load(folder)` keeps the weights
+packed in memory.
 """
 
 

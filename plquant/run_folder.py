@@ -26,7 +26,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, recipe: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.recipe = json.loads(json.dumps(recipe, default=str))
+        # Objects (callbacks, plugins) by their class: an address would differ from run to run.
+        self.recipe = json.loads(json.dumps(recipe, default=lambda value: type(value).__qualname__))
 
     def check(self, needed_bytes: int) -> int:
         """Whether the run may start here, or go on with an interrupted run of the same recipe; changes nothing.
@@ -56,7 +57,8 @@ class RunFolder:
             raise ValueError(
                 f"{flag} holds the finished run of this very recipe; give a new folder, or remove this one"
             )
-        self._require_room(flag, needed_bytes)
+        there_already = sum((self.path / block_shard(index)).stat().st_size for index in range(done))
+        self._require_room(flag, needed_bytes - there_already)
         return done
 
     def create(self, config: str | None = None) -> None:
@@ -74,6 +76,11 @@ class RunFolder:
         write_json(self.path / f"{block_shard(index)}.json", record)
         write_shard(self.path / block_shard(index), tensors)  # last: its presence says that the block is finished
 
+    def write_rest(self, tensors: Mapping[str, Tensor]) -> int:
+        """Keep all tensors outside the blocks; returns the bytes of all files of tensors."""
+        write_shard(self.path / REST, tensors)
+        return sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+
     def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What ``write_block`` kept."""
         from safetensors.torch import load_file
@@ -81,13 +88,11 @@ class RunFolder:
         record = json.loads((self.path / f"{block_shard(index)}.json").read_text())
         return load_file(self.path / block_shard(index)), record
 
-    def finish(self, num_blocks: int, rest: Mapping[str, Tensor]) -> int:
-        """Write all other tensors and the index that makes the folder a model; returns the bytes of all tensors."""
-        write_shard(self.path / REST, rest)
-        size = write_index(self.path, [block_shard(index) for index in range(num_blocks)] + [REST])
+    def finish(self, num_blocks: int) -> None:
+        """Write the index, which makes the folder a model: the last thing of a run, all else is in place."""
+        write_index(self.path, [block_shard(index) for index in range(num_blocks)] + [REST])
         for index in range(num_blocks):
             (self.path / f"{block_shard(index)}.json").unlink(missing_ok=True)
-        return size
 
     def _require_same_recipe(self, flag: str) -> None:
         theirs, ours = _flat(json.loads((self.path / RECIPE).read_text())), _flat(self.recipe)

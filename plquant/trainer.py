@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -41,6 +43,7 @@ HINTS = (
     ".*have no `val_dataloader`.*",
     ".*isinstance.treespec, LeafSpec.*",
 )
+PRECISIONS = ("bf16-mixed", "32-true")
 TOKENS_AT_ONCE = 2048  # of a forward pass without gradients; unpacking a weight then costs little beside using it
 
 
@@ -73,8 +76,17 @@ class BlockwiseTrainer(L.Trainer):
         # Snapshot before super().__init__: Lightning extends the list of callbacks it is given.
         self._block_arguments = {k: v if k == "logger" else copy.deepcopy(v) for k, v in kwargs.items()}
         self.run_config: str | None = None  # YAML that repeats the run; set by the command line
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"--trainer.precision={precision}: what is learned stays in float32, and float16 overflows on massive "
+                f"activations; use {' or '.join(PRECISIONS)}"
+            )
         with _quiet():
             super().__init__(*args, **kwargs)
+        if self.world_size > 1:
+            raise ValueError(f"--trainer.devices={self.num_devices}: one process calibrates; use --trainer.devices=1")
+        if self.strategy.root_device.type == "mps":
+            raise ValueError("--trainer.accelerator=mps has no float64, which folding needs; use cpu")
 
     def calibrate(
         self, model: QuantizedLM, datamodule: TextData, output_dir: str = "out", evaluate: bool = True
@@ -96,6 +108,8 @@ class BlockwiseTrainer(L.Trainer):
         grid, folder, done = self._check(model, datamodule, output_dir)
         if evaluate:
             datamodule.evaluation_text(model)  # so that a text too short is refused now, not at the end
+            if datamodule.text_name("validation") == datamodule.text_name("calibration"):
+                print(f"note: perplexity is measured on the calibration text, {datamodule.text_name('validation')}")
         ids = datamodule.calibration_ids(model)
         if self._block_arguments.get("fast_dev_run"):  # one step per block
             ids = ids[: datamodule.batch_size]
@@ -121,11 +135,12 @@ class BlockwiseTrainer(L.Trainer):
             print(record.line(len(blocks)), flush=True)
         del x_fp, x_q
 
-        report.bytes_after, report.unquantized = model.save(folder, grid, blocks)
+        report.bytes_after, report.unquantized = model.save_rest(folder, grid, blocks)
         if evaluate:
             report.perplexities[report.title] = self._perplexity(model, datamodule)
         report.seconds = time.monotonic() - started
         report.write(folder.path)
+        folder.finish(len(blocks))
         report.print()
         return report
 
@@ -152,14 +167,14 @@ class BlockwiseTrainer(L.Trainer):
         with self._on_device(block):  # Lightning has put it back on the CPU
             module.fold()
             block.map_(x_q, _at_once(x_q))
-        block.cpu()
+        block.put_away()
         after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
         return BlockRecord(block.index, block.name, before, after, time.monotonic() - started)
 
     def _fit(self, module: BlockModule, activations: Activations) -> None:
         """Train a block's parameters, or, where there are none, only let it take its statistics."""
         arguments = {k: v if k == "logger" else copy.deepcopy(v) for k, v in self._block_arguments.items()}
-        with _quiet():
+        with _quiet(), _interruptible():
             trainer = L.Trainer(**arguments | {"logger": self.loggers or False, "use_distributed_sampler": False})
             module.activations = activations
             if module.learnables():
@@ -176,7 +191,7 @@ class BlockwiseTrainer(L.Trainer):
                 block.map_(x_fp, _at_once(x_fp))
             block.load_(tensors)
             block.map_(x_q, _at_once(x_q))
-        block.cpu()
+        block.put_away()
         return BlockRecord(**record)
 
     def validate(  # type: ignore[override]
@@ -196,7 +211,12 @@ class BlockwiseTrainer(L.Trainer):
             result_file: JSON file to write.
             baseline: JSON file of an earlier measurement to compare with; refused if its protocol differs.
         """
+        protocol = datamodule.evaluation_text(model).protocol
         earlier = None if baseline is None else PerplexityResult.read(baseline)
+        if earlier is not None:  # refuse now what would not compare, not after the work
+            PerplexityResult(model.checkpoint, 0.0, self._precision_of(model), protocol).compare(earlier)
+        if not Path(result_file).absolute().parent.is_dir():
+            raise ValueError(f"--result_file={result_file}: there is no such folder")
         result = self._perplexity(model, datamodule)
         write_json(Path(result_file), result.as_dict())
         print(
@@ -209,22 +229,22 @@ class BlockwiseTrainer(L.Trainer):
         return result
 
     def _perplexity(self, model: QuantizedLM, datamodule: TextData) -> PerplexityResult:
-        with _quiet():
+        with _quiet(), _interruptible():
             super().validate(model, datamodule=datamodule, verbose=False)
-        dtype = str(model.lm.dtype).removeprefix("torch.")
         protocol = datamodule.evaluation_text(model).protocol
         asked = protocol["tokens"] - protocol["windows"]  # all but the first token of every window
         if int(model.nll.tokens) != asked:
             raise ValueError(
-                f"{int(model.nll.tokens)} of {asked} tokens were measured: a perplexity is that of the whole text asked "
-                "for. Leave out --trainer.limit_val_batches and --trainer.fast_dev_run; use --data.eval_windows."
+                f"{int(model.nll.tokens)} of {asked} tokens were measured: a perplexity is that of the whole text "
+                "asked for. Leave out --trainer.limit_val_batches and --trainer.fast_dev_run; use --data.eval_windows."
             )
-        return PerplexityResult(model.checkpoint, float(model.nll.compute()), f"{dtype}, {self.precision}", protocol)
+        return PerplexityResult(model.checkpoint, float(model.nll.compute()), self._precision_of(model), protocol)
+
+    def _precision_of(self, model: QuantizedLM) -> str:
+        return f"{str(model.load_dtype).removeprefix('torch.')}, {self.precision}"
 
     def _check(self, model: QuantizedLM, datamodule: TextData, output_dir: str) -> tuple[IntGrid, RunFolder, int]:
         """Refuse what cannot work before any long work; the settled grid, the folder, and the blocks finished in it."""
-        if self.world_size > 1:
-            raise ValueError(f"--trainer.devices={self.num_devices}: one process calibrates; use --trainer.devices=1")
         if model.is_quantized:
             raise ValueError(f"--model.checkpoint={model.checkpoint} is quantized already; give the original model")
         shapes, total = model.linear_shapes()
@@ -244,9 +264,8 @@ class BlockwiseTrainer(L.Trainer):
 
     def _recipe(self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, method: BlockModule) -> dict[str, Any]:
         """All that decides the result."""
-        own = {
-            k: v for k, v in self._block_arguments.items() if k not in ("logger", "callbacks", "enable_progress_bar")
-        }
+        own = {k: v for k, v in self._block_arguments.items() if k not in ("logger", "enable_progress_bar")}
+        own["callbacks"] = [callback for callback in own["callbacks"] if not isinstance(callback, ProgressBar)]
         return {
             "plquant": plquant.__version__,
             "seed": _seed(),
@@ -295,6 +314,21 @@ def full_precision(blocks: list[QuantBlock]) -> Iterator[None]:
         for block in blocks:
             stack.enter_context(block.full_precision())
         yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, also where Lightning makes an exit of it and turns further ones off."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

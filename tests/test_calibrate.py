@@ -21,17 +21,26 @@ from plquant.formats.checkpoint import predicted_bytes
 from plquant.nn.packed_linear import PackedLinear
 from plquant.report import Report
 from plquant.run_folder import RunFolder
+from tests.families import tiny_model
 
 IDS = torch.arange(3, 67)[None]
 
 
-def run(checkpoint: Path, out: Path, method: Any = None, seed: int = 0, callbacks: Any = None, **grid: Any) -> Report:
+def run(
+    checkpoint: Path,
+    out: Path,
+    method: Any = None,
+    seed: int = 0,
+    callbacks: Any = None,
+    evaluate: bool = True,
+    **grid: Any,
+) -> Report:
     L.seed_everything(seed, verbose=False)
     method = partial(pq.methods.OmniQuant, lwc_lr=3e-2, alpha=None) if method is None else method
     model = pq.QuantizedLM(str(checkpoint), method, pq.IntGrid(**({"bits": 3, "group_size": 16} | grid)))
     data = pq.data.BuiltinText(num_samples=6, seq_len=48, batch_size=2, eval_seq_len=64, eval_windows=2)
     trainer = pq.BlockwiseTrainer(max_epochs=6, enable_progress_bar=False, accelerator="cpu", callbacks=callbacks)
-    return trainer.calibrate(model, data, output_dir=str(out))
+    return trainer.calibrate(model, data, output_dir=str(out), evaluate=evaluate)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -165,6 +174,51 @@ def test_command_line_gives_the_bits_of_the_script(
     assert same(tensors(out), tensors(second))
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("opt", "float32"), ("qwen2", "bfloat16"), ("gemma2", "float32"), ("phi3", "float16")]
+)
+def test_biases_untied_heads_and_other_dtypes_survive(
+    family: str, dtype: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    lm = tiny_model(family, vocab_size=258, tie_word_embeddings=False, max_position_embeddings=256)
+    lm.to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", evaluate=False)
+    ours, stock = pq.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(ours(IDS).logits, stock(IDS).logits)
+    assert ours.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+    before, after = lm.lm_head.weight, ours.lm_head.weight
+    assert torch.equal(after, before.to(after.dtype))
+
+
+def test_a_hopeless_learning_rate_ends_where_it_started(checkpoint: Path, tmp_path: Path) -> None:
+    method = partial(pq.methods.OmniQuant, let_lr=1e30, lwc_lr=1e30, schedule="constant", alpha=None)
+    report = run(checkpoint, tmp_path / "out", method, evaluate=False)
+    assert all(block.error_after < 2 * block.error_before for block in report.blocks)
+    assert pq.load(tmp_path / "out")(IDS).logits.isfinite().all()
+
+
+def test_interrupted_evaluation_loses_nothing(
+    finished: tuple[Path, Report], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = pq.BlockwiseTrainer._perplexity
+    calls: list[int] = []
+
+    def third_fails(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(pq.BlockwiseTrainer, "_perplexity", third_fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, tmp_path / "out")
+    report = run(checkpoint, tmp_path / "out")
+    assert same(tensors(finished[0]), tensors(tmp_path / "out")) and (tmp_path / "out" / "report.json").exists()
+    assert [b.error_after for b in report.blocks] == [b.error_after for b in finished[1].blocks]
+
+
 class Interrupt(L.Callback):
     """Stops the process's run at a block, as Ctrl-C would."""
 
@@ -184,14 +238,14 @@ def test_interrupted_run_goes_on_to_the_same_bits(
     with pytest.raises(RuntimeError, match="stop here"):
         run(checkpoint, out, callbacks=[Interrupt(block)])
     assert len(list(out.glob("*.safetensors"))) == block and not list(out.glob("*.partial"))
-    report = run(checkpoint, out)
+    report = run(checkpoint, out, callbacks=[Interrupt(9)])
     assert same(tensors(finished[0]), tensors(out))
     assert [r.error_after for r in report.blocks] == [r.error_after for r in finished[1].blocks]
     assert ("going on with block 3" in capsys.readouterr().out) == (block == 2)
 
 
 def test_ctrl_c_ends_the_run_and_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+    with pytest.raises(KeyboardInterrupt):
         run(checkpoint, tmp_path, callbacks=[Interrupt(1, KeyboardInterrupt)])
     assert {p.name for p in tmp_path.iterdir()} == {
         "recipe.json",
@@ -203,6 +257,10 @@ def test_ctrl_c_ends_the_run_and_leaves_nothing_half_written(checkpoint: Path, t
 def test_another_recipe_does_not_go_on(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop here"):
         run(checkpoint, tmp_path, callbacks=[Interrupt(1)])
+    with pytest.raises(
+        ValueError, match=r"(?s)holds another run.*trainer.callbacks: \['Interrupt'\] there, \[\] asked for"
+    ):
+        run(checkpoint, tmp_path)
     with pytest.raises(ValueError, match=r"(?s)holds another run.*model.weights.bits: 3 there, 4 asked for"):
         run(checkpoint, tmp_path, bits=4)
 

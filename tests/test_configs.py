@@ -34,6 +34,6 @@ def test_values_of_the_file_are_used(path: Path, checkpoint: Path, monkeypatch: 
     assert seen["output_dir"] == config["output_dir"]
 
 
-def test_there_is_a_config_for_each_published_setting() -> None:
+def test_there_is_a_config_for_each_width_and_group_size() -> None:
     names = {path.stem for path in CONFIGS}
     assert {f"omniquant_w{b}a16{g}" for b in (2, 3, 4) for g in ("", "g64", "g128")} <= names

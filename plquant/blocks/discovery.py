@@ -107,12 +107,14 @@ def find_sites(block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], tolerance
         ValueError: ``x`` has fewer than two tokens, or a linear of the block never ran.
     """
     proof = Proof(block, x, kwargs)
-    sites = []
+    sites: list[Site] = []
     for source in proof.ran:
         offset = proof.gain_offset(source)
         consumers, channel = proof.consumers(source)
         if offset is None or channel is None:
             continue
+        if any(set(consumers) & set(site.consumers) for site in sites):
+            continue  # a ReLU passes positive scales, so gate and up both reach down; one input, one transform
         error = proof.error(source, consumers, channel, offset)
         if not error < tolerance:  # a NaN is no proof
             continue

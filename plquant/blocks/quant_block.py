@@ -41,7 +41,8 @@ class QuantBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.sites, self.index, self.name = layer, tuple(sites), index, name
-        self._call = call
+        self._call = call  # tensors shared with the other blocks
+        self._call_there: tuple[torch.device, dict[str, Any]] | None = None  # and on the block's device
         for module_name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
                 layer.set_submodule(module_name, FakeQuantLinear(module, grid))
@@ -54,8 +55,9 @@ class QuantBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, H] -> [B, T, H]."""
-        self._call = _to(self._call, x.device)
-        out = self.layer(x, **self._call)
+        if self._call_there is None or self._call_there[0] != x.device:
+            self._call_there = x.device, _to(self._call, x.device)
+        out = self.layer(x, **self._call_there[1])
         return out[0] if isinstance(out, tuple) else out
 
     @contextmanager
@@ -74,6 +76,11 @@ class QuantBlock(nn.Module):
         """Width of a site's source."""
         source = self.layer.get_submodule(site.source)
         return (source.norm if isinstance(source, TransformedNorm) else source).get_parameter("weight").shape[0]
+
+    def put_away(self) -> None:
+        """Back to the CPU, leaving nothing on the device."""
+        self.cpu()
+        self._call_there = None
 
     def transform_(self, site: Site, transform: ScaleShift) -> None:
         """Put a transform at a site: the source writes through it, every consumer reads through it."""

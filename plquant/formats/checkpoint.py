@@ -36,8 +36,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, {"format": "pt"})
 
 
-def write_index(folder: Path, shards: list[str]) -> int:
-    """Write the index of these shards; returns the bytes of all tensors."""
+def write_index(folder: Path, shards: list[str]) -> None:
+    """Write the index of these shards."""
     from safetensors import safe_open
 
     weight_map: dict[str, str] = {}
@@ -46,11 +46,16 @@ def write_index(folder: Path, shards: list[str]) -> int:
             weight_map |= dict.fromkeys(file.keys(), shard)
     total = sum((folder / shard).stat().st_size for shard in shards)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return total
 
 
 def packed_linears(folder: Path) -> list[str]:
-    """Names of the quantized linears in a folder."""
+    """Names of the quantized linears in a folder.
+
+    Raises:
+        ValueError: The folder is not a finished run of ours.
+    """
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} has no {INDEX}; give the output folder of a finished `plquant calibrate`")
     names = json.loads((folder / INDEX).read_text())["weight_map"]
     return [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
 

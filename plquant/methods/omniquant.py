@@ -71,9 +71,9 @@ class OmniQuant(BlockModule):
     def learnables(self) -> dict[float, list[nn.Parameter]]:
         """Clipping strengths and transforms."""
         groups: dict[float, list[nn.Parameter]] = {}
-        groups.setdefault(self.hparams["lwc_lr"], []).extend(p for clip in self.clips for p in clip.parameters())
-        groups.setdefault(self.hparams["let_lr"], []).extend(p for t in self.transforms for p in t.parameters())
-        return groups
+        for lr, parts in ((self.hparams["lwc_lr"], self.clips), (self.hparams["let_lr"], self.transforms)):
+            groups.setdefault(lr, []).extend(p for part in parts for p in part.parameters())
+        return {lr: parameters for lr, parameters in groups.items() if parameters}
 
     def _initial_log_scale(self, site: Site, abs_max: dict[str, Tensor], alpha: float) -> Tensor:
         """SmoothQuant's scale per source channel, its maxima taken over all consumers; geometric mean 1."""

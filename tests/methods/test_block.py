@@ -214,3 +214,18 @@ def test_a_token_with_a_massive_activation_counts_like_any_other() -> None:
     torch.testing.assert_close(token_error(output, target), torch.tensor(0.01), rtol=1e-3, atol=0)
     output[0, 0] = target[0, 0]
     torch.testing.assert_close(token_error(output, target), torch.tensor(0.01 * 7 / 8), rtol=1e-3, atol=0)
+
+
+def test_two_sources_of_one_input_give_one_site() -> None:
+    lm = tiny_model("llama", hidden_act="relu")  # ReLU passes positive scales: gate and up are both sources of down
+    ids = torch.randint(3, VOCAB, (2, 24))
+    block = prepare_blocks(lm, GRID, ids)[0]
+    OmniQuant(block)
+    consumers = [name for site in block.sites for name in site.consumers]
+    assert sorted(consumers) == sorted(set(consumers)) and "mlp.down_proj" in consumers
+
+
+def test_nothing_left_to_learn_is_no_optimizer() -> None:
+    block, _ = make_block("llama")
+    block.sites = ()
+    assert OmniQuant(block, lwc=False).learnables() == {}
