@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 @pytest.mark.real
 def test_sixteen_steps_a_block_are_far_better_than_rounding(run: tuple[Path, Report]) -> None:
     full, rounded, fitted = (result.perplexity for result in run[1].perplexities.values())
-    assert full < fitted < 0.9 * rounded, (full, rounded, fitted)  # 10.0, 28.8, 19.0
+    assert full < fitted < 0.9 * rounded, (full, rounded, fitted)  # 12.8, 31.5, 42.2
     assert all(block.error_after < block.error_before for block in run[1].blocks)
 
 
