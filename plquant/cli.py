@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import plquant
 
@@ -26,7 +25,7 @@ plquant COMMAND --help shows all options of one; to begin with:
   plquant calibrate --model.method.help OmniQuant"""
 
 
-def main(args: Sequence[str] | None = None) -> Any:
+def main(args: Sequence[str] | None = None) -> None:
     """Run a command line.
 
     Args:
@@ -35,12 +34,12 @@ def main(args: Sequence[str] | None = None) -> Any:
     args = sys.argv[1:] if args is None else list(args)
     if not args or args[0] in ("-h", "--help"):
         print(HELP.format(commands="\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())))
-        return None
+        return
     if args[0] == "--version":
         print(f"plquant {plquant.__version__}")
-        return None
+        return
     if args[0] not in COMMANDS:
         sys.exit(f"plquant: {args[0]!r} is not a command; there are {', '.join(COMMANDS)}. See plquant --help.")
     from plquant.lightning_cli import run
 
-    return run(args)
+    run(args)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -32,10 +31,10 @@ class PlquantCLI(LightningCLI):
         self.trainer.run_config = self._parser("calibrate").dump(self.config["calibrate"], skip_none=False)
 
 
-def run(args: list[str]) -> Any:
+def run(args: list[str]) -> None:
     """Parse and run; errors a user can mend end in a message, not in a traceback."""
     try:
-        return PlquantCLI(
+        PlquantCLI(
             QuantizedLM,
             TextData,
             subclass_mode_data=True,
