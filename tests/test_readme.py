@@ -15,6 +15,10 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README and "TODO" not in README
+
+
 def test_the_method_it_adds_is_one(tmp_path: Path) -> None:
     (code,) = (block for block in PYTHON if "class ClipOnly" in block)
     names: dict[str, Any] = {}
