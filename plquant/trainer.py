@@ -104,14 +104,15 @@ class BlockwiseTrainer(L.Trainer):
             evaluate: Measure perplexity in full precision, rounded to nearest, and calibrated.
         """
         started = time.monotonic()
-        evaluate = evaluate and not self._block_arguments.get("fast_dev_run")
+        one_step = bool(self._block_arguments.get("fast_dev_run"))  # per block
+        evaluate = evaluate and not one_step
         grid, folder, done = self._check(model, datamodule, output_dir)
         if evaluate:
             datamodule.evaluation_text(model)  # so that a text too short is refused now, not at the end
             if datamodule.text_name("validation") == datamodule.text_name("calibration"):
                 print(f"note: perplexity is measured on the calibration text, {datamodule.text_name('validation')}")
         ids = datamodule.calibration_ids(model)
-        if self._block_arguments.get("fast_dev_run"):  # one step per block
+        if one_step:
             ids = ids[: datamodule.batch_size]
         folder.create(self.run_config)
         report = Report(model.checkpoint, type(self._probe(model, grid)).__name__, grid)

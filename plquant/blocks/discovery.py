@@ -153,7 +153,7 @@ class Proof:
             )
         self._generator = torch.Generator(x.device).manual_seed(seed)
         self._copy = copy.deepcopy(block).double().eval()
-        self._kwargs = _map_tensors(lambda t: t.double() if t.is_floating_point() else t, dict(kwargs))
+        self._kwargs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, dict(kwargs))
         self.modules = dict(self._copy.named_modules())
         for module in self.modules.values():
             module._forward_pre_hooks.clear()  # they belong to whoever watches the original
@@ -263,7 +263,7 @@ class Proof:
         calls: dict[str, list[_Call]] = {}
 
         def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(name, []).append(_map_tensors(Tensor.clone, (args, kwargs)))
+            calls.setdefault(name, []).append(map_tensors(Tensor.clone, (args, kwargs)))
 
         watched = [(name, m) for name, m in self.modules.items() if isinstance(m, nn.Linear) or _is_norm(m)]
         with _hooks(
@@ -342,13 +342,14 @@ def _hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         yield
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with every tensor in it, also inside dicts, tuples and lists, replaced by ``function`` of it."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: _map_tensors(function, item) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_map_tensors(function, item) for item in value)
+        return type(value)(map_tensors(function, item) for item in value)
     return value
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plquant.blocks.discovery import Site
+from plquant.blocks.discovery import Site, map_tensors
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.transformed_norm import TransformedNorm
@@ -56,7 +56,7 @@ class QuantBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, H] -> [B, T, H]."""
         if self._call_there is None or self._call_there[0] != x.device:
-            self._call_there = x.device, _to(self._call, x.device)
+            self._call_there = x.device, map_tensors(lambda t: t.to(x.device), self._call)
         out = self.layer(x, **self._call_there[1])
         return out[0] if isinstance(out, tuple) else out
 
@@ -130,14 +130,3 @@ class QuantBlock(nn.Module):
         for name, linear in self.linears.items():
             self.layer.set_submodule(name, PackedLinear.empty(linear, linear.grid))
         self.layer.load_state_dict({name.removeprefix(f"{self.name}."): t for name, t in tensors.items()})
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors, also inside tuples and dicts, moved to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    return value
