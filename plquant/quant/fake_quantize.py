@@ -47,14 +47,16 @@ class _Weight(NamedTuple):
     """A weight to be quantized: ``groups`` * ``inner`` * ``outer``.
 
     Attributes:
-        groups: [R, G, g], any floating dtype, which is the scale's storage dtype too.
+        groups: [R, G, g], any floating dtype.
         inner: [1, G, g], multiplies the columns.
         outer: [R, 1, 1], multiplies the rows.
+        scale_dtype: Dtype that the scale is stored in.
     """
 
     groups: Tensor
     inner: Tensor | None
     outer: Tensor | None
+    scale_dtype: torch.dtype
 
     def pieces(self) -> Iterator[slice]:
         """Rows to work on at once."""
@@ -92,7 +94,7 @@ def _quantized_rows(weight: _Weight, clip: Clip | None, grid: IntGrid) -> Iterat
     for piece in weight.pieces():
         rows = weight.rows(piece)
         part = None if clip is None else (clip[0][piece], clip[1][piece])
-        ranges = _choose(rows, part, grid, weight.groups.dtype)
+        ranges = _choose(rows, part, grid, weight.scale_dtype)
         yield piece, _clamped((rows / ranges.scale).round_(), ranges.zero_point, grid), ranges
 
 
@@ -109,21 +111,22 @@ class _FakeQuantize(torch.autograd.Function):
         clip_high: Tensor | None,
         grid: IntGrid,
         dtype: torch.dtype,
+        scale_dtype: torch.dtype,
     ) -> Tensor:
         clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
         out = torch.empty_like(groups, dtype=dtype)
         found = []
-        for piece, steps, ranges in _quantized_rows(_Weight(groups, inner, outer), clip, grid):
+        for piece, steps, ranges in _quantized_rows(_Weight(groups, inner, outer, scale_dtype), clip, grid):
             out[piece] = steps.mul_(ranges.scale)
             found.append(ranges)
-        ctx.grid = grid
+        ctx.grid, ctx.scale_dtype = grid, scale_dtype
         ctx.save_for_backward(groups, inner, outer, clip_low, clip_high, *map(torch.cat, zip(*found, strict=True)))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         groups, inner, outer, clip_low, clip_high, *found = ctx.saved_tensors
-        weight, ranges = _Weight(groups, inner, outer), _Ranges(*found)
+        weight, ranges = _Weight(groups, inner, outer, ctx.scale_dtype), _Ranges(*found)
         needs_weight, needs_inner, needs_outer, needs_clip = ctx.needs_input_grad[:4]
         g_groups = torch.empty_like(groups) if needs_weight else None
         g_inner = torch.zeros_like(inner) if needs_inner else None
@@ -142,7 +145,7 @@ class _FakeQuantize(torch.autograd.Function):
             )
             _add_at_extremes_(g_rows, rows, part, g_low, g_high)
             if g_groups is not None:
-                g_groups[piece] = _Weight(g_rows, inner, _rows(outer, piece)).rows(slice(None))
+                g_groups[piece] = _Weight(g_rows, inner, _rows(outer, piece), ctx.scale_dtype).rows(slice(None))
             product = g_rows.mul_(rows)
             if g_inner is not None:
                 g_inner += product.sum(0, keepdim=True)
@@ -154,6 +157,7 @@ class _FakeQuantize(torch.autograd.Function):
             None if g_outer is None else g_outer.div_(outer),
             g_lo.mul_(ranges.low) if needs_clip else None,
             g_hi.mul_(ranges.high) if needs_clip else None,
+            None,
             None,
             None,
         )
@@ -203,21 +207,23 @@ def fake_quantize(
     in_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The quantized value of ``diag(out_scale) weight diag(in_scale)``, differentiable in all tensors.
 
     Args:
-        weight: [O, I]; its dtype is the one the scale is rounded to. Computed in fp32 (fp64 for an fp64 weight).
+        weight: [O, I], computed in fp32 (fp64 for an fp64 weight).
         grid: The grid, with its group size settled.
         clip: Kept share of the lower and the upper end of every group, each fp32 [R, G, 1].
         in_scale: [I], positive.
         out_scale: [O], positive.
         dtype: Of the result; the weight's if not given.
+        scale_dtype: That the scale is stored in, and rounded to; the weight's if not given.
     """
     inner, outer = _grouped_scales(weight, grid, in_scale, out_scale)
     low, high = clip if clip is not None else (None, None)
-    dtype = dtype or weight.dtype
-    return from_groups(_FakeQuantize.apply(to_groups(weight, grid), inner, outer, low, high, grid, dtype), grid)
+    dtypes = dtype or weight.dtype, scale_dtype or weight.dtype
+    return from_groups(_FakeQuantize.apply(to_groups(weight, grid), inner, outer, low, high, grid, *dtypes), grid)
 
 
 @torch.no_grad()
@@ -227,13 +233,15 @@ def quantize_weight(
     clip: Clip | None = None,
     in_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> QTensor:
     """The codes behind ``fake_quantize`` of the same arguments."""
     groups = to_groups(weight, grid)
+    scale_dtype = scale_dtype or weight.dtype
     codes = torch.empty_like(groups, dtype=torch.int8 if grid.symmetric else torch.uint8)
-    scale = torch.empty_like(groups[..., 0])
+    scale = torch.empty_like(groups[..., 0], dtype=scale_dtype)
     zero_point = torch.empty_like(scale, dtype=torch.uint8)
-    scaled = _Weight(groups, *_grouped_scales(weight, grid, in_scale, out_scale))
+    scaled = _Weight(groups, *_grouped_scales(weight, grid, in_scale, out_scale), scale_dtype)
     for piece, steps, ranges in _quantized_rows(scaled, clip, grid):
         codes[piece] = steps.add_(ranges.zero_point)
         scale[piece] = ranges.scale.squeeze(-1)
