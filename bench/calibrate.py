@@ -53,7 +53,7 @@ class PlainFakeQuantLinear(FakeQuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        clip, in_scale, out_scale = self._parameters_of_rounding()
+        clip, in_scale, out_scale = self._rounding()[2:]
         assert clip is not None
         weight = self.weight if in_scale is None else self.weight * in_scale
         weight = weight if out_scale is None else weight * out_scale[:, None]
@@ -73,7 +73,7 @@ def make_block(tokens: int, dtype: torch.dtype, grid: IntGrid) -> tuple[QuantBlo
     lm = lm.bfloat16() if dtype == torch.bfloat16 else lm
     ids = torch.randint(0, SMOLLM2["vocab_size"], (1, tokens))
     (block,) = prepare_blocks(lm, grid, ids)
-    x = capture_inputs(lm, [block.layer], ids)
+    x = capture_inputs(lm, list(block.layers.values()), ids)
     with torch.no_grad(), block.full_precision():
         target = block(x)
     return block, x, target

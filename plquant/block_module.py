@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from plquant.blocks.activations import Activations
+from plquant.blocks.capture import StopForward
 from plquant.blocks.quant_block import QuantBlock
 from plquant.nn.fake_quant_linear import FakeQuantLinear
-from plquant.quant.affine import QTensor
+from plquant.parts.base import Part, Rounding, check_order
+from plquant.quant.observers import Hessian
 
 
 def token_error(output: Tensor, target: Tensor) -> Tensor:
@@ -61,34 +64,52 @@ class RunProgress:
 class BlockModule(L.LightningModule):
     """Fits one block to its full-precision outputs.
 
-    A method puts its parts into the block (clipping, transforms) in ``__init__`` and names their learning rates in
-    ``learnables``; parts that start from statistics are set in ``configure_model``, where the data is at hand. One
-    that needs more overrides a Lightning hook. This base learns nothing and rounds to nearest.
+    A method is a list of parts (clipping, transforms, rounding; see ``plquant.parts``), each of which puts what it
+    needs into the block, says what it learns and starts from the data. One that needs more overrides a Lightning hook.
+    With no parts this learns nothing and rounds to nearest.
 
     Args:
         block: The block to calibrate.
+        parts: What is done to it, in the legal order.
+        schedule: Of the learning rates: ``cosine`` falls to zero over the fit of the block, ``constant`` does not.
+        aug_loss: Fit also to what the full-precision block makes of the quantized input.
     """
 
-    wants_augmented_target = False
-    schedule: Schedule = "cosine"  # of the learning rates; cosine falls to zero over the run of the block
-
-    def __init__(self, block: QuantBlock) -> None:
+    def __init__(
+        self, block: QuantBlock, parts: Sequence[Part] = (), schedule: Schedule = "cosine", aug_loss: bool = False
+    ) -> None:
         super().__init__()
-        self.block = block
+        check_order(parts)
+        self.block, self.parts, self.schedule, self.aug_loss = block, list(parts), schedule, aug_loss
         self.error_before = 1.0  # of rounding to nearest; the loop measures it, losses are in units of it
         self.activations: Activations  # what it is fitted to; the loop sets it
         self.progress: RunProgress | None = None
+        self._started = False
         self._epoch_loss = MeanMetric(nan_strategy="disable")  # a NaN is no good epoch
         self._best_loss = float("inf")
         self._best_state: list[Tensor] = []
 
     def learnables(self) -> dict[float, list[nn.Parameter]]:
         """Learning rate -> parameters; empty for a method with nothing to learn."""
-        return {}
+        groups: dict[float, list[nn.Parameter]] = {}
+        for part in self.parts:
+            for lr, parameters in part.learnables().items():
+                groups.setdefault(lr, []).extend(parameters)
+        return {lr: parameters for lr, parameters in groups.items() if parameters}
 
-    def round_weight(self, linear: FakeQuantLinear) -> QTensor:
-        """Codes of a linear once its parts are fitted; to nearest."""
-        return linear.quantize()
+    def configure_model(self) -> None:
+        """Let every part start from the data; the process group is up, the optimizer not yet made."""
+        if not self._started:
+            self._started = True
+            for part in self.parts:
+                part.start(self)
+
+    def on_train_epoch_start(self) -> None:
+        """Tell the parts how far the fit has come."""
+        share = self.trainer.current_epoch / max((self.trainer.max_epochs or 1) - 1, 1)
+        optimizer = self.trainer.optimizers[0]
+        for part in self.parts:
+            part.advance(min(share, 1.0), optimizer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, H] -> [B, T, H], quantized."""
@@ -138,32 +159,87 @@ class BlockModule(L.LightningModule):
         for parameter, best in zip(self._trained(), self._best_state, strict=True):
             parameter.copy_(best)
 
+    @torch.no_grad()
     def fold(self) -> None:
-        """Make the fitted parts permanent: the block's linears become packed integers."""
-        self.block.pack_(self.round_weight)
+        """Make the fitted parts permanent: the block's linears become packed integers.
+
+        Linears that read the same tensor go together, in the order they run, so that each Hessian is that of inputs
+        which earlier linears, packed already, have given.
+        """
+        rounding = self.rounding
+        if not rounding.wants_hessian:
+            self.block.pack_(lambda linear: rounding.round(linear, None))
+            return
+        for names in self.block.stages(next(self.activations.inputs())[:1].to(self.block.device)):
+            hessians = self.hessians(names)
+            for name in names:
+                self.block.pack_linear_(name, rounding.round(self.block.linears[name], hessians[name]))
+        self.block.fold_sources_()
+
+    @property
+    def rounding(self) -> Rounding:
+        """The last part, to nearest if there is none."""
+        last = self.parts[-1] if self.parts else None
+        return last if isinstance(last, Rounding) else Rounding(self.block)
 
     @torch.no_grad()
-    def observe(self, make: Callable[[int], Metric]) -> dict[str, Tensor]:
-        """Statistics of every linear's input, over all samples, in full precision.
+    def observe(self, make: Callable[[int], Metric], names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Statistics of the inputs of these linears, or all, over all samples, in full precision.
 
         Args:
             make: Width of the input -> a metric, updated with inputs [B, T, I].
+            names: Of linears.
 
         Returns:
             Name of the linear -> the metric's value.
         """
-        device = next(self.block.parameters()).device
-        metrics = {name: make(linear.in_features).to(device) for name, linear in self.block.linears.items()}
+        linears = {name: linear for name, linear in self.block.linears.items() if names is None or name in names}
+        metrics = self._metrics(make, linears)
         hooks = [
-            self.block.linears[name].register_forward_pre_hook(lambda _, args, metric=metric: metric.update(args[0]))
-            for name, metric in metrics.items()
+            linear.register_forward_pre_hook(lambda _, args, metric=metrics[name]: metric.update(args[0]))
+            for name, linear in linears.items()
         ]
         with self.block.full_precision():
-            for x, *_ in self.activations.in_order():
-                self.block(x.to(device))
+            for x in self.activations.inputs():
+                self.block(x.to(self.block.device))
         for hook in hooks:
             hook.remove()
         return {name: metric.compute() for name, metric in metrics.items()}
+
+    @torch.no_grad()
+    def hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Second moments of what is multiplied with these linears' weights, which all read the same tensor.
+
+        Returns:
+            Name of the linear -> fp32 [I, I], one tensor for all.
+        """
+        linear = self.block.linears[names[0]]
+        metric = self._metrics(Hessian, {names[0]: linear})[names[0]]
+
+        def watch(x: Tensor) -> None:
+            metric.update(x)
+            raise StopForward
+
+        linear.watch = watch
+        for x in self.activations.inputs():
+            with contextlib.suppress(StopForward):
+                self.block(x.to(self.block.device))
+        linear.watch = None
+        return dict.fromkeys(names, metric.compute())
+
+    @torch.no_grad()
+    def error(self, tokens: int) -> float:
+        """Error of the block as it is now, over about so many tokens; see ``token_error``."""
+        errors, seen = [], 0
+        for x, target, *_ in self.activations.at_once():
+            errors.append(token_error(self.block(x.to(self.block.device)), target.to(self.block.device)) * len(x))
+            seen += len(x)
+            if seen * x.shape[1] >= tokens:
+                break
+        return float(torch.stack(errors).sum()) / seen
+
+    def _metrics(self, make: Callable[[int], Metric], linears: dict[str, FakeQuantLinear]) -> dict[str, Metric]:
+        return {name: make(linear.in_features).to(self.block.device) for name, linear in linears.items()}
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameters in self.learnables().values() for parameter in parameters]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import plquant
 from plquant.block_module import BlockModule, RunProgress, token_error
-from plquant.blocks.activations import Activations
+from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
@@ -44,7 +44,6 @@ HINTS = (
     ".*isinstance.treespec, LeafSpec.*",
 )
 PRECISIONS = ("bf16-mixed", "32-true")
-TOKENS_AT_ONCE = 2048  # of a forward pass without gradients; unpacking a weight then costs little beside using it
 
 
 class BlockwiseTrainer(L.Trainer):
@@ -123,7 +122,7 @@ class BlockwiseTrainer(L.Trainer):
                 report.perplexities["full precision"] = self._perplexity(model, datamodule)
             report.perplexities["RTN"] = self._perplexity(model, datamodule)
 
-        x_fp = capture_inputs(model.lm, [block.layer for block in blocks], ids)
+        x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids)
         x_q = x_fp.clone()
         progress = RunProgress(done, len(blocks), seed=_seed())
         for block in blocks:
@@ -155,19 +154,19 @@ class BlockwiseTrainer(L.Trainer):
         os.environ["PL_GLOBAL_SEED"] = str(progress.seed)  # seed_everything moved the run's
         with self._on_device(block):
             with block.full_precision():
-                block.map_(x_fp, _at_once(x_fp))
+                block.map_(x_fp, at_once(x_fp))
             before = self._error(block, x_q, x_fp)
         module = model.method(block)
         module.error_before, module.progress = max(before, 1e-12), progress
         tensors = [x_q, x_fp]
-        if module.wants_augmented_target:
+        if module.aug_loss:
             tensors.append(x_q.clone())
             with self._on_device(block), block.full_precision():
-                block.map_(tensors[-1], _at_once(x_q))
+                block.map_(tensors[-1], at_once(x_q))
         self._fit(module, Activations(tuple(tensors), batch_size, seed))
         with self._on_device(block):  # Lightning has put it back on the CPU
             module.fold()
-            block.map_(x_q, _at_once(x_q))
+            block.map_(x_q, at_once(x_q))
         block.put_away()
         after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
         return BlockRecord(block.index, block.name, before, after, time.monotonic() - started)
@@ -189,9 +188,9 @@ class BlockwiseTrainer(L.Trainer):
         tensors, record = folder.read_block(block.index)
         with self._on_device(block):
             with block.full_precision():
-                block.map_(x_fp, _at_once(x_fp))
+                block.map_(x_fp, at_once(x_fp))
             block.load_(tensors)
-            block.map_(x_q, _at_once(x_q))
+            block.map_(x_q, at_once(x_q))
         block.put_away()
         return BlockRecord(**record)
 
@@ -279,7 +278,7 @@ class BlockwiseTrainer(L.Trainer):
     def _probe(self, model: QuantizedLM, grid: IntGrid) -> BlockModule:
         """The method on a block of one linear: shows its name and options, and refuses wrong ones at once."""
         width = grid.group_size if isinstance(grid.group_size, int) else 8
-        return model.method(QuantBlock(nn.Sequential(nn.Linear(width, width)), grid, [], {}))
+        return model.method(QuantBlock({"0": nn.Linear(width, width)}, grid))
 
     @contextmanager
     def _on_device(self, block: QuantBlock) -> Iterator[None]:
@@ -290,7 +289,7 @@ class BlockwiseTrainer(L.Trainer):
 
     @staticmethod
     def _error(block: QuantBlock, x: Tensor, target: Tensor) -> float:
-        size = _at_once(x)
+        size = at_once(x)
         errors = [
             token_error(output, t.to(output.device)) * len(t)
             for output, t in zip(block.batches(x, size), target.split(size), strict=True)
@@ -301,11 +300,6 @@ class BlockwiseTrainer(L.Trainer):
 def _seed() -> int:
     """Of ``seed_everything``, 0 if it was not called."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-def _at_once(x: Tensor) -> int:
-    """Sequences of one forward pass without gradients."""
-    return max(1, TOKENS_AT_ONCE // x.shape[1])
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def test_values_of_the_file_are_used(path: Path, checkpoint: Path, monkeypatch: 
     assert all(seen["data"].hparams[key] == value for key, value in config["data"]["init_args"].items())
     assert type(seen["data"]).__name__ == config["data"]["class_path"]
     assert seen["trainer"].max_epochs == config["trainer"]["max_epochs"]
-    method = seen["model"].method(QuantBlock(nn.Sequential(nn.Linear(8, 8)), pq.IntGrid(4, 8), [], {}))
+    method = seen["model"].method(QuantBlock({"0": nn.Linear(8, 8)}, pq.IntGrid(4, 8)))
     assert type(method).__name__ == config["model"]["method"]["class_path"]
     assert all(method.hparams[k] == v for k, v in config["model"]["method"].get("init_args", {}).items())
     assert seen["output_dir"] == config["output_dir"]

@@ -23,7 +23,7 @@ def test_the_method_it_adds_is_one(tmp_path: Path) -> None:
     (code,) = (block for block in PYTHON if "class ClipOnly" in block)
     names: dict[str, Any] = {}
     exec(code, names)
-    module = names["ClipOnly"](QuantBlock(nn.Sequential(nn.Linear(8, 4)), pq.IntGrid(4, 4), [], {}), lr=0.5)
+    module = names["ClipOnly"](QuantBlock({"0": nn.Linear(8, 4)}, pq.IntGrid(4, 4)), lr=0.5)
     assert [len(parameters) for parameters in module.learnables().values()] == [2]
 
 

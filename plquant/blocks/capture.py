@@ -16,8 +16,8 @@ from torch import Tensor, nn
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
-class _StopForwardError(Exception):
-    """Ends a forward pass from inside a hook; private, so that no error of the model is mistaken for it."""
+class StopForward(Exception):  # noqa: N818
+    """Ends a forward pass from inside a hook; a class of its own, so that no error of the model is mistaken for it."""
 
 
 @torch.no_grad()
@@ -81,13 +81,13 @@ def _calls(
         arguments = dict(zip(names, args, strict=False)) | kwargs
         calls[index] = (arguments.pop(names[0]), arguments)
         if len(calls) == len(blocks):
-            raise _StopForwardError
+            raise StopForward
 
     with contextlib.ExitStack() as stack:
         for index, block in enumerate(blocks):
             hook = partial(record, index)
             stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        with contextlib.suppress(_StopForwardError):
+        with contextlib.suppress(StopForward):
             lm(ids.to(next(lm.parameters()).device), use_cache=False)
     if len(calls) < len(blocks):
         raise ValueError(

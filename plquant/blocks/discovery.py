@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -52,6 +52,11 @@ class Site:
     admits_shift: bool
     error: float
     gain_offset: float = 0.0
+
+    def inside(self, parent: str) -> Site:
+        """The same site with its modules named from a module around the block."""
+        consumers = tuple(f"{parent}.{name}" for name in self.consumers)
+        return replace(self, source=f"{parent}.{self.source}", consumers=consumers)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

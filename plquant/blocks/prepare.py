@@ -14,8 +14,8 @@ from plquant.quant.grid import IntGrid
 PROOF_TOKENS = 16
 
 
-def prepare_blocks(lm: nn.Module, grid: IntGrid, ids: Tensor) -> list[QuantBlock]:
-    """Turn every decoder block of ``lm`` into a ``QuantBlock``, in place, with its sites proven.
+def prepare_blocks(lm: nn.Module, grid: IntGrid, ids: Tensor, blocks_per_fit: int = 1) -> list[QuantBlock]:
+    """Turn the decoder blocks of ``lm`` into ``QuantBlock``s, in place, with their sites proven.
 
     Blocks of the same structure share one proof.
 
@@ -23,17 +23,28 @@ def prepare_blocks(lm: nn.Module, grid: IntGrid, ids: Tensor) -> list[QuantBlock
         lm: The language model.
         grid: Grid of every linear, with its group size settled.
         ids: int64 [N, T], calibration ids; the blocks' arguments are captured for sequences of this length.
+        blocks_per_fit: Consecutive blocks that are fitted together; the last run may be shorter.
     """
-    name, layers = find_blocks(lm)
+    parent, layers = find_blocks(lm)
     few = ids[:1, :PROOF_TOKENS]
     hidden, short = capture_inputs(lm, layers, few), capture_calls(lm, layers, few)
-    sites: dict[Hashable, list[Site]] = {}
-    for layer, call in zip(layers, short, strict=True):
+    proven: dict[Hashable, list[Site]] = {}
+    sites: list[list[Site]] = []
+    for number, (layer, call) in enumerate(zip(layers, short, strict=True)):
         key = structure(layer)
-        if key not in sites:
-            sites[key] = find_sites(layer, hidden, call)
+        if key not in proven:
+            proven[key] = find_sites(layer, hidden, call)
+        sites.append([site.inside(str(number)) for site in proven[key]])
     calls = capture_calls(lm, layers, ids[:1])
+    runs = [range(len(layers))[start : start + blocks_per_fit] for start in range(0, len(layers), blocks_per_fit)]
     return [
-        QuantBlock(layer, grid, sites[structure(layer)], call, index, f"{name}.{index}")
-        for index, (layer, call) in enumerate(zip(layers, calls, strict=True))
+        QuantBlock(
+            {str(number): layers[number] for number in numbers},
+            grid,
+            [site for number in numbers for site in sites[number]],
+            [calls[number] for number in numbers],
+            index,
+            parent,
+        )
+        for index, numbers in enumerate(runs)
     ]

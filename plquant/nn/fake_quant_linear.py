@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plquant.quant.affine import QTensor
-from plquant.quant.clipping import LearnedClipping
+from plquant.quant.clipping import Clipping
 from plquant.quant.fake_quantize import fake_quantize, quantize_weight
 from plquant.quant.grid import IntGrid
-from plquant.transforms.scale_shift import ScaleShift, consumer_bias, source_bias
+from plquant.quant.scaled_weight import ScaledWeight
+from plquant.transforms.base import Transform, Transforms
 
 
 class FakeQuantLinear(nn.Module):
     """Takes the place of an ``nn.Linear`` while its block is calibrated.
 
-    With no clipping and no transform this is rounding to nearest. ``enabled = False`` gives the original linear.
+    With no parts put into it this is rounding to nearest. ``enabled = False`` gives the original linear.
 
     Args:
         linear: The original; its weight [O, I] and bias are shared, and frozen.
         grid: What to round to, with its group size settled.
 
     Attributes:
-        clip: Learned clipping, or ``None`` for the full range.
-        reads: Transform of the input channels, whose source is another module.
-        reads_channel: int64 [I]: the channel of that source which each input channel reads; ``None`` if it is its own.
-        writes: Transform of the output channels, of which this linear is the source.
+        clip: How much of each group's range is kept, or ``None`` for all of it.
+        reads: Transforms of the input channels, whose source is another module, in order.
+        writes: Transforms of the output channels of which this linear is the source, in order.
+        write_rows: The output channels each of them is about.
+        lora: Low-rank correction, added before rounding, or ``None``.
+        online: Transforms with something left to do to the input at run time, where the source cannot do it.
+        inputs: Quantizes what is multiplied with the weight, or ``None`` for 16-bit activations.
+        watch: Called with what is multiplied with the weight, [..., I].
     """
 
     def __init__(self, linear: nn.Linear, grid: IntGrid) -> None:
@@ -35,16 +43,28 @@ class FakeQuantLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.grid = grid
         self.enabled = True
-        self.clip: LearnedClipping | None = None
-        self.reads: ScaleShift | None = None
-        self.reads_channel: Tensor | None
-        self.register_buffer("reads_channel", None, persistent=False)
-        self.writes: ScaleShift | None = None
+        self.clip: Clipping | None = None
+        self.reads, self.writes, self.online = Transforms(), Transforms(), Transforms()
+        self.write_rows: list[slice] = []
+        self.lora: Any = None
+        self.inputs: nn.Module | None = None
+        self.watch: Callable[[Tensor], None] | None = None
 
     @property
     def in_features(self) -> int:
         """Width of the input."""
         return self.weight.shape[1]
+
+    def add_read(self, transform: Transform, online: bool = False) -> None:
+        """Put a transform on the input channels; ``online`` if what remains at run time is done here."""
+        self.reads.append(transform)
+        if online:
+            self.online.append(transform)
+
+    def add_write(self, transform: Transform, rows: slice = slice(None)) -> None:
+        """Put a transform on the output channels ``rows``."""
+        self.writes.append(transform)
+        self.write_rows.append(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -52,31 +72,47 @@ class FakeQuantLinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        weight = fake_quantize(self.weight, self.grid, *self._parameters_of_rounding(), dtype=dtype)
-        bias = self.transformed_bias(torch.promote_types(self.weight.dtype, torch.float32))
+        for transform in self.online:
+            x = transform.online(x)
+        if self.inputs is not None:
+            x = self.inputs(x)
+        if self.watch is not None:
+            self.watch(x)
+        with torch.autocast(device, enabled=False):
+            weight = fake_quantize(*self._rounding(), dtype=dtype, scale_dtype=self.weight.dtype)
+            bias = self.transformed_bias(torch.promote_types(self.weight.dtype, torch.float32))
         return F.linear(x, weight, None if bias is None else bias.to(dtype))
 
     def quantize(self) -> QTensor:
         """The codes behind ``forward``."""
-        return quantize_weight(self.weight, self.grid, *self._parameters_of_rounding())
+        return quantize_weight(*self._rounding(), scale_dtype=self.weight.dtype)
+
+    def transformed(self) -> ScaledWeight:
+        """The weight that is rounded: after all transforms and the low-rank correction."""
+        weight = ScaledWeight(self.weight)
+        for transform, rows in zip(self.writes, self.write_rows, strict=True):
+            weight = transform.write_weight(weight, rows)
+        for transform in self.reads:
+            weight = transform.read_weight(weight)
+        return weight if self.lora is None else ScaledWeight(weight.dense() + self.lora.delta())
 
     def transformed_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The bias after both transforms, [O]; computed in ``dtype``."""
+        """The bias after all transforms, [O]; computed in ``dtype``."""
         bias: Tensor | None = None if self.bias is None else self.bias.to(dtype)
-        if self.reads is not None and self.reads.shift is not None:
-            bias = consumer_bias(self.weight, bias, self._gather(self.reads.shift).to(dtype))
-        if self.writes is not None:
-            shift = None if self.writes.shift is None else self.writes.shift.to(dtype)
-            bias = source_bias(bias, self.writes.scale.to(dtype), shift)
+        for transform in self.reads:
+            bias = transform.read_bias(self.weight.to(dtype), bias)
+        for transform, rows in zip(self.writes, self.write_rows, strict=True):
+            if bias is None:
+                bias = transform.write_bias(None)
+                continue
+            start, stop, _ = rows.indices(len(bias))
+            written = transform.write_bias(bias[start:stop])
+            assert written is not None
+            bias = torch.cat([bias[:start], written, bias[stop:]])
         return bias
 
-    def _parameters_of_rounding(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
-        """Clipping, scale of the input channels, scale of the output channels."""
-        return (
-            None if self.clip is None else self.clip(),
-            None if self.reads is None else self._gather(self.reads.scale),
-            None if self.writes is None else 1 / self.writes.scale,
-        )
-
-    def _gather(self, values: Tensor) -> Tensor:
-        return values if self.reads_channel is None else values[self.reads_channel]
+    def _rounding(self) -> tuple[Tensor, IntGrid, tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
+        """Arguments of the quantizer: weight, grid, clipping, scale of the input and of the output channels."""
+        weight = self.transformed()
+        clip = None if self.clip is None else self.clip()
+        return weight.weight, self.grid, clip, weight.in_scale, weight.out_scale

@@ -1,4 +1,4 @@
-"""A norm under calibration: the source of an equivalent transformation."""
+"""A norm under calibration: the source of transforms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from plquant.transforms.scale_shift import ScaleShift, fold_source
+from plquant.transforms.base import Transforms
 
 
 class TransformedNorm(nn.Module):
@@ -14,15 +14,17 @@ class TransformedNorm(nn.Module):
 
     Args:
         norm: The original, with a weight [C] and perhaps a bias [C]; frozen.
-        transform: Scale and shift of its output channels.
         gain_offset: 1.0 for norms which multiply by ``1 + weight``.
+
+    Attributes:
+        transforms: Of its output channels, in order.
     """
 
-    def __init__(self, norm: nn.Module, transform: ScaleShift, gain_offset: float) -> None:
+    def __init__(self, norm: nn.Module, gain_offset: float) -> None:
         super().__init__()
         self.norm = norm.requires_grad_(False)
-        self.transform = transform
         self.gain_offset = gain_offset
+        self.transforms = Transforms()
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,21 +32,23 @@ class TransformedNorm(nn.Module):
         if not self.enabled:
             return self.norm(x)
         dtype = torch.promote_types(self.norm.get_parameter("weight").dtype, torch.float32)
-        return functional_call(self.norm, self.transformed(dtype), (x,))
+        y = functional_call(self.norm, self.transformed(dtype), (x,))
+        for transform in self.transforms:
+            y = transform.online(y)
+        return y
 
     def transformed(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The norm's parameters after the transform, computed in ``dtype`` and rounded to the norm's own."""
-        weight, bias = self.norm.get_parameter("weight"), getattr(self.norm, "bias", None)
-        shift = None if self.transform.shift is None else self.transform.shift.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        scale = self.transform.scale.to(dtype)
-        new_weight, new_bias = fold_source(weight.to(dtype), bias, scale, shift, self.gain_offset)
-        named = {"weight": new_weight} | ({} if new_bias is None else {"bias": new_bias})
-        return {name: value.to(weight.dtype) for name, value in named.items()}
+        """The norm's parameters after the transforms, computed in ``dtype`` and rounded to the norm's own."""
+        own, bias = self.norm.get_parameter("weight").dtype, getattr(self.norm, "bias", None)
+        weight, bias = self.norm.get_parameter("weight").to(dtype), None if bias is None else bias.to(dtype)
+        for transform in self.transforms:
+            weight, bias = transform.write_norm(weight, bias, self.gain_offset)
+        named = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        return {name: value.to(own) for name, value in named.items()}
 
     @torch.no_grad()
     def fold_(self) -> nn.Module:
-        """Make the transform permanent, computed in fp64; returns the original norm with its new parameters."""
+        """Make the transforms permanent, computed in fp64; returns the original norm with its new parameters."""
         for name, value in self.transformed(torch.float64).items():
             getattr(self.norm, name).copy_(value)
         return self.norm

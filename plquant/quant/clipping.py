@@ -1,4 +1,4 @@
-"""LWC, OmniQuant's learnable weight clipping (arXiv 2308.13137, section 3.2)."""
+"""How much of the range of each group is kept; LWC learns it (OmniQuant, arXiv 2308.13137, section 3.2)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,37 @@ from torch import Tensor, nn
 from plquant.quant.grid import IntGrid
 
 
-class LearnedClipping(nn.Module):
-    """How much of every group's range is kept: ``hi = sigmoid(gamma) max(w)``, ``lo = sigmoid(beta) min(w)``.
+class Clipping(nn.Module):
+    """Shares of the range: ``hi = high max(w)``, ``lo = low min(w)``."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Share of the lower and of the upper end that is kept, each fp32 [R, G, 1] in (0, 1]."""
+        raise NotImplementedError
+
+
+class FixedClipping(Clipping):
+    """Given shares.
+
+    Args:
+        low: fp32 [R, G, 1].
+        high: fp32 [R, G, 1].
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The shares."""
+        return self.low, self.high
+
+
+class LearnedClipping(Clipping):
+    """Learned shares, ``sigmoid(beta)`` of the lower and ``sigmoid(gamma)`` of the upper end.
 
     Args:
         shape: Shape of the weight, [O, I].
@@ -25,5 +54,5 @@ class LearnedClipping(nn.Module):
         self.beta = nn.Parameter(torch.full((rows, groups, 1), init, dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Share of the lower and of the upper end that is kept, each fp32 [R, G, 1] in (0, 1)."""
+        """Sigmoids of the strengths."""
         return self.beta.sigmoid(), self.gamma.sigmoid()

@@ -28,3 +28,30 @@ class ChannelAbsMax(Metric):
     def compute(self) -> Tensor:
         """The maxima so far."""
         return self.abs_max
+
+
+class Hessian(Metric):
+    """Second moments of activations, E[x x^T], fp32 [I, I].
+
+    Args:
+        channels: Width of the activations, I.
+    """
+
+    full_state_update = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(channels, channels), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor) -> None:
+        """Take in activations [..., I]."""
+        x = x.flatten(0, -2).float()
+        self.total += x.t() @ x
+        self.tokens += len(x)
+
+    def compute(self) -> Tensor:
+        """The mean over tokens."""
+        return self.total / self.tokens.clamp(min=1)

@@ -11,6 +11,8 @@ are those of the training forward; biases and norms in the dtype that is asked f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from plquant.quant.scaled_weight import ScaledWeight
@@ -20,6 +22,8 @@ from plquant.quant.scaled_weight import ScaledWeight
 
 class Transform(nn.Module):
     """Base of all transforms; this one changes nothing, a subclass overrides the sides it has."""
+
+    is_online: bool = False  # something stays to be done at run time
 
     def write_weight(self, weight: ScaledWeight, rows: slice = slice(None)) -> ScaledWeight:
         """The source linear's weight [O, I], its rows ``rows`` being the C channels written here."""
@@ -48,3 +52,11 @@ class Transform(nn.Module):
     def online_op(self) -> nn.Module | None:
         """``online`` as a module without parameters, for the quantized model; ``None`` if there is nothing to do."""
         return None
+
+
+class Transforms(nn.ModuleList):
+    """The transforms of one place, in order."""
+
+    def __iter__(self) -> Iterator[Transform]:
+        """One by one."""
+        return super().__iter__()  # type: ignore[return-value]

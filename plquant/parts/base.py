@@ -1,0 +1,111 @@
+"""What a method is made of: parts, each doing one thing to a block, in the one order that is legal."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from plquant.blocks.quant_block import QuantBlock
+from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.quant.affine import QTensor
+
+# Each rests on those before it: a clipping strength learned before a transform would belong to another range, a Hessian
+# from before a reassembly to other channels.
+LEGAL_ORDER = (
+    "scale and shift",
+    "affine matrix",
+    "reassembly",
+    "low rank",
+    "clipping",
+    "axis",
+    "rounding",
+)
+
+
+class Fitting(Protocol):
+    """What a part may ask of the module that fits the block."""
+
+    def observe(self, make: Callable[[int], Metric], names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Statistics of the inputs of these linears, or all, in full precision: name -> the metric's value."""
+
+    def error(self, tokens: int) -> float:
+        """Error of the block as it is now, over about so many tokens; see ``token_error``."""
+
+
+class Part:
+    """One thing that a method does to a block; an instance belongs to one block.
+
+    Args:
+        block: The block to calibrate.
+    """
+
+    place: ClassVar[str]  # in LEGAL_ORDER
+    options: dict[str, Any]  # what it was made with, for the record of the run
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Part:
+        """Note the options."""
+        part = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind(part, *args, **kwargs)
+        bound.apply_defaults()
+        part.options = {key: value for key, value in bound.arguments.items() if key not in ("self", "block")}
+        return part
+
+    def __init__(self, block: QuantBlock) -> None:
+        self.block = block
+
+    def check(self, parts: Sequence[Part]) -> None:
+        """Whether this part can work here, beside these; called before the run, on a block without sites.
+
+        Raises:
+            ValueError: It cannot, with the reason.
+        """
+
+    def learnables(self) -> dict[float, list[nn.Parameter]]:
+        """Learning rate -> parameters."""
+        return {}
+
+    def start(self, fitting: Fitting) -> None:
+        """Set what starts from the data; called once, before the first step."""
+
+    def advance(self, share: float, optimizer: torch.optim.Optimizer) -> None:
+        """Called before every epoch with the share of the fit that is done: 0 before the first, 1 before the last."""
+
+
+class Rounding(Part):
+    """The last part: codes of a linear whose other parts are fitted. This one rounds to nearest."""
+
+    place = "rounding"
+    wants_hessian: bool = False
+
+    def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
+        """The codes.
+
+        Args:
+            linear: The linear, its parts fitted.
+            hessian: Of what is multiplied with its weight, [I, I], if this part asks for it.
+        """
+        return linear.quantize()
+
+
+MakePart: TypeAlias = Callable[[QuantBlock], Part]
+
+
+def check_order(parts: Sequence[Part]) -> None:
+    """Refuse parts out of order, twice, or in a combination that cannot work.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    names = " -> ".join(f"{type(part).__name__} ({part.place})" for part in parts)
+    places = [LEGAL_ORDER.index(part.place) for part in parts]
+    if places != sorted(places):
+        raise ValueError(f"--model.method.parts={names} is not in the legal order, which is {' -> '.join(LEGAL_ORDER)}")
+    if len(set(places)) < len(places):
+        raise ValueError(f"--model.method.parts={names} has two parts in one place; give one")
+    for part in parts:
+        part.check(parts)
