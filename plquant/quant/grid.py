@@ -1,4 +1,4 @@
-"""The grid of integers that weights are rounded to."""
+"""The grids of integers that weights and activations are rounded to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 AUTO_GROUP_SIZES = (128, 64, 32)
+MIN_BITS, MAX_BITS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class IntGrid:
     axis: Literal["in", "out"] = "in"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"--model.weights.bits={self.bits} is not a width we have; choose 2 to 8")
         if isinstance(self.group_size, int) and self.group_size < 1:
             raise ValueError(
@@ -84,6 +85,67 @@ class IntGrid:
         if not bad:
             return self
         raise ValueError(_indivisible(self, bad, len(widths), _common_divisors(widths.values())))
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """Uniform integer grids of activations; each token gets its scale (and zero-point) from its own range, at run time.
+
+    Args:
+        bits: Width of the inputs of every quantized linear and of the queries, 2 to 8; ``null`` leaves them in
+            floating point.
+        kv: Width of keys and values, hence of the KV cache, 2 to 8; ``same`` is that of ``bits``, ``null`` leaves them
+            in floating point.
+        probabilities: Width of the softmax output of attention, 2 to 8; ``null`` leaves it in floating point.
+        symmetric: No zero-point: the grids are centred on zero. The softmax output, never negative, keeps its own.
+    """
+
+    bits: int | None = 4
+    kv: int | Literal["same"] | None = "same"
+    probabilities: int | None = None
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        for name, bits in (("bits", self.bits), ("kv", self.kv), ("probabilities", self.probabilities)):
+            if isinstance(bits, int) and not MIN_BITS <= bits <= MAX_BITS:
+                raise ValueError(
+                    f"--model.activations.{name}={bits} is not a width we have; choose 2 to 8, or null for floating "
+                    "point"
+                )
+        if self.bits is None and not self.in_attention:
+            raise ValueError(
+                "--model.activations.bits=null with nothing else set quantizes no activation; set bits, kv or "
+                "probabilities, or leave out --model.activations"
+            )
+
+    @property
+    def kv_bits(self) -> int | None:
+        """Width of keys and values."""
+        return self.bits if self.kv == "same" else self.kv
+
+    @property
+    def in_attention(self) -> bool:
+        """Something inside of attention is quantized: queries, keys and values, or probabilities."""
+        return any(bits is not None for bits in (self.bits, self.kv_bits, self.probabilities))
+
+    @property
+    def title(self) -> str:
+        """In the words of papers, to be put after ``W4``: ``A4``, ``A8KV4``, ``A16KV4``, ``A4P8``."""
+        kv = "" if self.kv_bits == self.bits else f"KV{self.kv_bits or 16}"
+        return f"A{self.bits or 16}{kv}" + (f"P{self.probabilities}" if self.probabilities else "")
+
+    def describe(self) -> list[tuple[str, str]]:
+        """What is quantized where: a place, and its grid."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        rows: list[tuple[str, int | None, str]] = [
+            ("inputs of the quantized linears", self.bits, f"per token, {kind}"),
+            ("queries (after RoPE)", self.bits, f"per token and head, {kind}"),
+            ("keys (after RoPE) and values: the KV cache", self.kv_bits, f"per token and head, {kind}"),
+            ("softmax probabilities", self.probabilities, "per query token and head, from zero"),
+        ]
+        return [
+            (place, "floating point" if bits is None else f"{bits} bits {how}, dynamic") for place, bits, how in rows
+        ]
 
 
 def _common_divisors(widths: Iterable[int]) -> list[int]:
