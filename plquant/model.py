@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from plquant.block_module import Method
 from plquant.blocks.discovery import find_blocks
 from plquant.blocks.quant_block import QuantBlock
-from plquant.formats.checkpoint import quantization_config
 from plquant.perplexity import TokenNLL
 from plquant.quant.grid import IntGrid
 from plquant.run_folder import RunFolder
@@ -99,28 +98,28 @@ class QuantizedLM(L.LightningModule):
         }
         return shapes, sum(parameter.numel() for parameter in skeleton.parameters())
 
-    def save_rest(self, folder: RunFolder, grid: IntGrid, blocks: Sequence[QuantBlock]) -> tuple[int, list[str]]:
+    def save_rest(self, folder: RunFolder, blocks: Sequence[QuantBlock]) -> tuple[int, list[str]]:
         """Write all but the blocks: other tensors, config, tokenizer.
 
         Args:
             folder: The blocks are in it already.
-            grid: Grid of the packed linears.
             blocks: The packed blocks.
 
         Returns:
             Bytes of all files of tensors; names of the linears that were not quantized.
         """
-        unquantized = [name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear)]
+        from plquant.packed_model import stored_config
+
         config = copy.deepcopy(self.lm.config)
         config.architectures = [type(self.lm).__name__]
-        config.quantization_config = quantization_config(grid, unquantized)
+        config.quantization_config = stored_config(self.lm)
         config.save_pretrained(folder.path)
         self.lm.generation_config.save_pretrained(folder.path)
         self.tokenizer.save_pretrained(folder.path)
         inside = tuple(f"{block.name}." for block in blocks)
         tied = self.lm.all_tied_weights_keys  # stored once, under the name they are tied to
         rest = {k: t for k, t in self.lm.state_dict().items() if not k.startswith(inside) and k not in tied}
-        return folder.write_rest(rest), unquantized
+        return folder.write_rest(rest), config.quantization_config["ignore"]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> logits [B, T, V]."""

@@ -12,8 +12,16 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from plquant.formats.checkpoint import grid_of, packed_linears
-from plquant.nn.packed_linear import PackedLinear
+from plquant.formats.checkpoint import packed_linears, tensor_names
+from plquant.formats.quantization_config import (
+    activations_of,
+    attention_of,
+    grids_of,
+    online_of,
+    quantization_config,
+)
+from plquant.nn.packed_structure import PackedStructure
+from plquant.quant.grid import ActivationGrid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,27 +31,37 @@ QUANT_METHOD = "plquant"
 
 @register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """Tells transformers' loader which linears are packed, and on which grid."""
+    """Tells transformers' loader what the model consists of.
 
-    def __init__(self, stored: dict[str, Any], linears: list[str], **kwargs: Any) -> None:
+    Args:
+        stored: The ``quantization_config`` of config.json.
+        tensors: Names of all tensors in the folder.
+    """
+
+    def __init__(self, stored: dict[str, Any], tensors: list[str], **kwargs: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.stored, self.linears = stored, linears
+        self.stored, self.tensors = stored, tensors
+
+    def structure(self) -> PackedStructure:
+        """What the model consists of."""
+        return PackedStructure(
+            grids_of(self.stored, packed_linears(self.tensors)),
+            activations_of(self.stored),
+            attention_of(self.stored),
+            online_of(self.stored),
+        )
 
 
 @register_quantizer(QUANT_METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts ``PackedLinear`` in place before transformers fills in the tensors."""
+    """Puts everything in place before transformers fills in the tensors."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         assert isinstance(config, PackedConfig)
-        grid = grid_of(config.stored)
-        for name in config.linears:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            model.set_submodule(name, PackedLinear.empty(linear, grid))
+        config.structure().build_(model, set(config.tensors))
         return model
 
     def is_serializable(self) -> bool:
@@ -56,8 +74,22 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
+def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> dict[str, Any]:
+    """The ``quantization_config`` of a model whose blocks are packed.
+
+    Args:
+        lm: The model.
+        activations: The grid that its activations were quantized on.
+    """
+    structure = PackedStructure.of(lm, activations)
+    unquantized = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear)]
+    return quantization_config(
+        structure.grids, unquantized, structure.activations, structure.attention, structure.online
+    )
+
+
 def load(folder: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model quantized by plquant, its linears running from packed integers.
+    """A model quantized by plquant, its linears running from packed integers, activations quantized as in its run.
 
     Args:
         folder: Output folder of ``plquant calibrate``.
@@ -71,9 +103,9 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, trust_remote_code
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         raise ValueError(f"{folder} holds no quantized model; give the output folder of `plquant calibrate`")
-    grid_of(stored)  # refuses other formats
-    linears = packed_linears(Path(folder))
-    config.quantization_config = {"quant_method": QUANT_METHOD, "stored": stored, "linears": linears}
+    tensors = tensor_names(Path(folder))
+    PackedConfig(stored, tensors).structure()  # refuses other formats
+    config.quantization_config = {"quant_method": QUANT_METHOD, "stored": stored, "tensors": tensors}
     lm = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
     )

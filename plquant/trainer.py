@@ -135,7 +135,7 @@ class BlockwiseTrainer(L.Trainer):
             print(record.line(len(blocks)), flush=True)
         del x_fp, x_q
 
-        report.bytes_after, report.unquantized = model.save_rest(folder, grid, blocks)
+        report.bytes_after, report.unquantized = model.save_rest(folder, blocks)
         if evaluate:
             report.perplexities[report.title] = self._perplexity(model, datamodule)
         report.seconds = time.monotonic() - started
@@ -251,7 +251,8 @@ class BlockwiseTrainer(L.Trainer):
         grid = model.weights.resolve(shapes)
         probe = self._probe(model, grid)
         folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))
-        size = predicted_bytes(shapes, grid, total - sum(o * i for o, i in shapes.values()), model.load_dtype)
+        rest = total - sum(o * i for o, i in shapes.values())
+        size = predicted_bytes(shapes, dict.fromkeys(shapes, grid), rest, model.load_dtype)
         done = folder.check(size)
         title = Report(model.checkpoint, type(probe).__name__, grid).title
         auto = " (group_size: auto)" if model.weights.group_size == "auto" else ""

@@ -1,15 +1,14 @@
-"""The folder of a quantized model: safetensors shards, their index, and the entry in config.json that names the format.
+"""The folder of a quantized model: safetensors shards and their index.
 
-The format is compressed-tensors' ``pack-quantized``, which stock transformers reads. A shard is a block, written as
-soon as the block is finished; the embeddings, final norm and head are one more.
+A shard is a block, written as soon as the block is finished; the embeddings, final norm and head are one more. What the
+tensors mean is said by ``quantization_config``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,82 +47,68 @@ def write_index(folder: Path, shards: list[str]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def packed_linears(folder: Path) -> list[str]:
-    """Names of the quantized linears in a folder.
+def tensor_names(folder: Path) -> list[str]:
+    """Names of all tensors in a folder.
 
     Raises:
         ValueError: The folder is not a finished run of ours.
     """
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} has no {INDEX}; give the output folder of a finished `plquant calibrate`")
-    names = json.loads((folder / INDEX).read_text())["weight_map"]
-    return [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
+    return list(json.loads((folder / INDEX).read_text())["weight_map"])
 
 
-def quantization_config(grid: IntGrid, unquantized: list[str]) -> dict[str, Any]:
-    """The ``quantization_config`` entry of config.json.
-
-    Args:
-        grid: Grid of every quantized linear.
-        unquantized: Names of the linears that keep their floating-point weight.
-    """
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-
-    if grid.group_size is None:
-        strategy: dict[str, Any] = {"strategy": "channel"}
-    elif grid.axis == "in":
-        strategy = {"strategy": "group", "group_size": grid.group_size}
-    else:
-        strategy = {"strategy": "block", "block_structure": [grid.group_size, 1]}
-    weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **strategy)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        format="pack-quantized",
-        quantization_status="compressed",
-        ignore=unquantized,
-    )
-    return config.model_dump(mode="json")
+def packed_linears(tensors: Iterable[str]) -> list[str]:
+    """Names of the quantized linears among all tensors."""
+    return [name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)]
 
 
-def grid_of(config: Mapping[str, Any]) -> IntGrid:
-    """The grid that a ``quantization_config`` entry names.
-
-    Raises:
-        ValueError: It is not one that plquant writes.
-    """
-    try:
-        (group,) = config["config_groups"].values()
-        weights = group["weights"]
-        if config["quant_method"] != "compressed-tensors" or config["format"] != "pack-quantized":
-            raise ValueError(f"quant_method={config['quant_method']}, format={config['format']}")
-        block = weights.get("block_structure")
-        size = {"channel": None, "group": weights.get("group_size"), "block": block and block[0]}[weights["strategy"]]
-        return IntGrid(weights["num_bits"], size, weights["symmetric"], "in" if block is None else "out")
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            "the checkpoint is quantized, but not in the format that plquant reads (compressed-tensors pack-quantized "
-            f"with one group of linears): {error!r}. Open it with transformers, or give the original model."
-        ) from error
-
-
-def predicted_bytes(shapes: Mapping[str, tuple[int, int]], grid: IntGrid, rest: int, dtype: torch.dtype) -> int:
-    """Size of the tensors on disk, to the byte.
+def predicted_bytes(
+    shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, IntGrid], rest: int, dtype: torch.dtype
+) -> int:
+    """Size of the tensors on disk, to the byte; without those of run-time operations and of input quantizers.
 
     Args:
         shapes: Of the linears to be quantized, [O, I].
-        grid: Their grid.
+        grids: Their grids.
         rest: Number of all other parameters.
         dtype: Of these parameters and of the scales.
     """
-    per_word = 32 // grid.bits
     total = rest * dtype.itemsize
-    for out_features, in_features in shapes.values():
-        size = grid.size(grid.grouped_width((out_features, in_features)))
-        groups = out_features * in_features // size
+    for name, (out_features, in_features) in shapes.items():
+        grid = grids[name]
+        per_word, groups = 32 // grid.bits, _groups(shapes[name], grid)
         total += 4 * out_features * -(-in_features // per_word) + groups * dtype.itemsize + SHAPE_BYTES
         if not grid.symmetric and grid.axis == "out":
             total += groups
         elif not grid.symmetric:
-            total += 4 * -(-out_features // per_word) * (in_features // size)
+            total += 4 * -(-out_features // per_word) * (groups // out_features)
     return total
+
+
+def effective_bits(
+    shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, IntGrid], dtype: torch.dtype, other_bits: int = 0
+) -> float:
+    """Bits per quantized weight, with everything that comes with them: ``b + (scale + zero-point) / g`` and others.
+
+    Codes and zero-points count with their own width. On disk they take more where it does not divide 32
+    (``predicted_bytes``).
+
+    Args:
+        shapes: Of the quantized linears, [O, I].
+        grids: Their grids.
+        dtype: Of the scales.
+        other_bits: Bits of what else the quantized model needs: tensors of run-time operations, offsets.
+    """
+    weights, bits = 0, other_bits
+    for name, shape in shapes.items():
+        grid, size = grids[name], shape[0] * shape[1]
+        per_group = 8 * dtype.itemsize + (0 if grid.symmetric else grid.bits)
+        weights += size
+        bits += grid.bits * size + per_group * _groups(shape, grid)
+    return bits / weights
+
+
+def _groups(shape: tuple[int, int], grid: IntGrid) -> int:
+    """Number of groups of a weight [O, I]."""
+    return shape[0] * shape[1] // grid.size(grid.grouped_width(shape))

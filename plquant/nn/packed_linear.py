@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plquant.formats.packing import pack, unpack
+from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.quant.affine import QTensor
 from plquant.quant.grid import IntGrid
@@ -20,6 +21,10 @@ class PackedLinear(nn.Module):
     Args:
         weight: The quantized weight.
         bias: [O] or ``None``.
+
+    Attributes:
+        online: Run-time operations on the input, [..., I] -> [..., I'], where its source is no norm; or ``None``.
+        inputs: Quantizes what is multiplied with the weight, or ``None`` for 16-bit activations.
     """
 
     weight_packed: Tensor
@@ -35,6 +40,8 @@ class PackedLinear(nn.Module):
         for name, tensor in pack(weight).items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
+        self.online: nn.Module | None = None
+        self.inputs: ActivationQuantizer | None = None
 
     @classmethod
     def empty(cls, linear: nn.Linear | FakeQuantLinear, grid: IntGrid) -> PackedLinear:
@@ -52,11 +59,13 @@ class PackedLinear(nn.Module):
 
     def quantized(self) -> QTensor:
         """The codes, scale and zero-point, unpacked."""
-        tensors = {name: tensor for name, tensor in self.named_buffers() if name != "bias"}
+        tensors = {name: tensor for name, tensor in self.named_buffers(recurse=False) if name != "bias"}
         return unpack(tensors, torch.Size((self.out_features, self.in_features)), self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
+        x = x if self.online is None else self.online(x)
+        x = x if self.inputs is None else self.inputs(x)
         weight = self.quantized().dequantize()
         return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

@@ -9,8 +9,8 @@ from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plquant.formats.checkpoint import grid_of, quantization_config
 from plquant.formats.packing import pack, unpack
+from plquant.formats.quantization_config import quantization_config
 from plquant.quant.affine import QTensor
 from plquant.quant.fake_quantize import quantize_weight
 from plquant.quant.grid import IntGrid
@@ -44,18 +44,6 @@ def test_unpacking_gives_back_what_was_packed(grid: IntGrid, rows: int, columns:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_compressed_tensors_reads_the_same_weight(grid: IntGrid) -> None:
     q = quantize_weight(random_weight(16, 24), grid)
-    scheme = QuantizationConfig(**quantization_config(grid, [])).config_groups["group_0"]
+    scheme = QuantizationConfig(**quantization_config({"linear": grid})).config_groups["group_0"]
     theirs = PackedQuantizationCompressor.decompress(pack(q), scheme)["weight"]
     assert torch.equal(theirs, q.dequantize())
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_config_entry_names_the_grid(grid: IntGrid) -> None:
-    assert grid_of(quantization_config(grid, ["lm_head"])) == grid
-
-
-def test_foreign_formats_are_refused() -> None:
-    config = quantization_config(IntGrid(4, 8), [])
-    for changed in ({"format": "marlin-24"}, {"quant_method": "gptq"}, {"config_groups": {}}):
-        with pytest.raises(ValueError, match="not in the format that plquant reads"):
-            grid_of(config | changed)

@@ -1,0 +1,53 @@
+"""Run-time operations in a quantized model: children of the modules they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from plquant.nn.packed_linear import PackedLinear
+from plquant.transforms.online import OnlineOp, make_op
+
+
+class Online(nn.Sequential):
+    """Run-time operations, in order, [..., I] -> [..., I']."""
+
+
+def attach_online_(module: nn.Module, ops: Iterable[OnlineOp]) -> None:
+    """Make operations a part of a module, its child ``online``, so that they are saved, loaded and moved with it.
+
+    Args:
+        module: A ``PackedLinear``, which then does them to its input before that is quantized; any other module (a
+            norm) to its output.
+        ops: The operations, in order.
+    """
+    online = Online(*ops)
+    if isinstance(module, PackedLinear):
+        module.online = online
+        return
+    assert not hasattr(module, "online"), "operations would be done twice"
+    module.online = online
+    module.register_forward_hook(_to_output)
+
+
+def _to_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return module.online(output)  # type: ignore[operator]
+
+
+def online_entries(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Name of every module with run-time operations -> where they are done and what they are, as JSON."""
+    return {
+        name: {
+            "at": "input" if isinstance(module, PackedLinear) else "output",
+            "ops": [{"kind": op.kind, "config": op.config()} for op in module.online],
+        }
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "online", None), Online)
+    }
+
+
+def make_ops(entry: dict[str, Any]) -> list[OnlineOp]:
+    """The operations of one of ``online_entries``, to load tensors into."""
+    return [make_op(op["kind"], op["config"]) for op in entry["ops"]]

@@ -1,0 +1,94 @@
+"""What a quantized model consists of besides its tensors: read off a packed model, and put in place before loading."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from plquant.nn.activation_quantizer import ActivationQuantizer
+from plquant.nn.attention import CHILD, AttentionQuantizer, quantize_attention_
+from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.nn.online import attach_online_, make_ops, online_entries
+from plquant.nn.packed_linear import PackedLinear
+from plquant.quant.clipping import LearnedClipping
+from plquant.quant.grid import ActivationGrid, IntGrid
+
+
+@dataclass(frozen=True)
+class PackedStructure:
+    """What a quantized model, or a block of one, consists of.
+
+    Attributes:
+        grids: Name of every packed linear -> its grid.
+        activations: Grid of the activations, or ``None``.
+        attention: Names of the attention modules that are quantized inside.
+        online: Name of every module with run-time operations -> these, as ``online_entries`` gives them.
+    """
+
+    grids: Mapping[str, IntGrid]
+    activations: ActivationGrid | None = None
+    attention: Collection[str] = ()
+    online: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, activations: ActivationGrid | None) -> PackedStructure:
+        """That of a packed model.
+
+        Args:
+            model: The model or block.
+            activations: The grid its activations were quantized on.
+        """
+        packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+        bits = None if activations is None else activations.bits
+        for name, linear in packed.items():
+            found = None if linear.inputs is None else linear.inputs.bits
+            assert found == bits, f"the input of {name} has {found} bits, not {bits}"
+        attention = [
+            name for name, m in model.named_modules() if isinstance(getattr(m, CHILD, None), AttentionQuantizer)
+        ]
+        return cls({name: m.grid for name, m in packed.items()}, activations, attention, online_entries(model))
+
+    def build_(self, model: nn.Module, tensors: Collection[str]) -> None:
+        """Put all of it in the place of the original modules, empty.
+
+        Args:
+            model: The original model or block, its linears on the grid of the calibration or not.
+            tensors: Names of the tensors that will be loaded, which tell what an input quantizer has learned.
+        """
+        with _in_float32():
+            for name, grid in self.grids.items():
+                linear = model.get_submodule(name)
+                assert isinstance(linear, nn.Linear | FakeQuantLinear)
+                packed = PackedLinear.empty(linear, grid)
+                packed.inputs = self._inputs(f"{name}.inputs", packed, tensors)
+                model.set_submodule(name, packed)
+            for name, entry in self.online.items():
+                attach_online_(model.get_submodule(name), make_ops(entry))
+        if self.activations is not None:
+            quantize_attention_(model, self.attention, self.activations)
+
+    def _inputs(self, name: str, linear: PackedLinear, tensors: Collection[str]) -> ActivationQuantizer | None:
+        if self.activations is None or self.activations.bits is None:
+            return None
+        device = linear.weight_packed.device
+        offset = torch.empty(linear.in_features, device=device) if f"{name}.offset" in tensors else None
+        quantizer = ActivationQuantizer(self.activations.bits, self.activations.symmetric, offset)
+        if f"{name}.clip.gamma" in tensors:
+            quantizer.clip = LearnedClipping(torch.Size((1, 1)), IntGrid(quantizer.bits, None)).to(device)
+        return quantizer
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Within it new tensors are fp32: while transformers loads a model they would be in the model's dtype."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)

@@ -1,0 +1,190 @@
+"""Everything a checkpoint can say: saved, loaded, and the same logits; and what stock transformers makes of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import plquant as pq
+from plquant.blocks.discovery import find_blocks
+from plquant.formats.checkpoint import REST, write_index, write_shard
+from plquant.nn.activation_quantizer import ActivationQuantizer
+from plquant.nn.attention import AttentionQuantizer, find_attention, quantize_attention_
+from plquant.nn.online import attach_online_
+from plquant.nn.packed_linear import PackedLinear
+from plquant.packed_model import stored_config
+from plquant.quant.clipping import LearnedClipping
+from plquant.quant.fake_quantize import quantize_weight
+from plquant.quant.grid import ActivationGrid, IntGrid
+from tests.families import VOCAB, tiny_model
+from tests.online_op import Mix
+
+IDS = torch.arange(3, 67)[None] % VOCAB
+OUT, IN, CHANNEL = IntGrid(4, 16, axis="out"), IntGrid(3, 16), IntGrid(4, None, symmetric=True)
+
+
+def logits(lm: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return lm(IDS, use_cache=False).logits
+
+
+def packed(
+    family: str = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    grid_of: Callable[[str], IntGrid] = lambda name: IN,
+    activations: ActivationGrid | None = None,
+    offsets: bool = False,
+    clipping: bool = False,
+    online: bool = False,
+) -> PreTrainedModel:
+    """A tiny model as a run leaves it: every linear in its blocks packed, everything else put in."""
+    lm = tiny_model(family)
+    for parameter in lm.parameters():  # but not the buffers of RoPE, which stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    attention = find_attention(lm, lambda: logits(lm))
+    prefix, blocks = find_blocks(lm)
+    norms = [name for name, m in blocks.named_modules() if name.endswith("input_layernorm")]
+    for seed, (name, linear) in enumerate([(n, m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear)]):
+        new = PackedLinear(quantize_weight(linear.weight.detach(), grid_of(name)), linear.bias)
+        if activations is not None and activations.bits is not None:
+            offset = torch.linspace(-0.4, 0.3, linear.in_features) if offsets and "down" in name else None
+            new.inputs = ActivationQuantizer(activations.bits, activations.symmetric, offset)
+            if clipping:
+                new.inputs.clip = LearnedClipping(torch.Size((1, 1)), IntGrid(4, None), init=1.0 + seed / 10)
+        blocks.set_submodule(name, new)
+        if online and "down" in name:
+            attach_online_(new, [Mix.random(new.in_features, seed), Mix.random(new.in_features, seed + 1)])
+    if activations is not None:
+        quantize_attention_(lm, attention, activations)
+    if online:
+        for name in norms:
+            width = blocks.get_submodule(name).get_parameter("weight").shape[0]
+            attach_online_(blocks.get_submodule(name), [Mix.random(width, 0)])
+    return lm.requires_grad_(False)
+
+
+def save(lm: PreTrainedModel, folder: Path, activations: ActivationGrid | None = None) -> Path:
+    folder.mkdir()
+    config = type(lm.config)(**lm.config.to_dict())
+    config.quantization_config = stored_config(lm, activations)
+    config.save_pretrained(folder)
+    tied = lm.all_tied_weights_keys
+    write_shard(folder / REST, {name: t for name, t in lm.state_dict().items() if name not in tied})
+    write_index(folder, [REST])
+    return folder
+
+
+def by_name(name: str) -> IntGrid:
+    return OUT if "down" in name or "fc2" in name else CHANNEL if "o_proj" in name or "v_proj" in name else IN
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "one grid": {},
+    "mixed axes": {"grid_of": by_name},
+    "W4A4": {"activations": ActivationGrid(4)},
+    "W3A8KV4 symmetric, mixed axes": {"grid_of": by_name, "activations": ActivationGrid(8, kv=4, symmetric=True)},
+    "W3A16KV4": {"activations": ActivationGrid(None, kv=4)},
+    "W3A6KV16P8": {"activations": ActivationGrid(6, kv=None, probabilities=8)},
+    "offsets": {"activations": ActivationGrid(4), "offsets": True},
+    "learned range of activations": {"activations": ActivationGrid(4), "clipping": True},
+    "run-time operations": {"online": True},
+    "all": {
+        **{"grid_of": by_name, "activations": ActivationGrid(4, kv=8, probabilities=8)},
+        **{"offsets": True, "clipping": True, "online": True},
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_loaded_gives_the_logits_of_what_was_saved(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    options = CASES[case]
+    lm = packed(dtype=dtype, **options)
+    loaded = pq.load(save(lm, tmp_path / "out", options.get("activations")))
+    assert torch.equal(logits(loaded), logits(lm))
+    assert loaded.dtype == dtype and not any(p.requires_grad for p in loaded.parameters())
+    ours, theirs = lm.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2", "gemma2", "phi3", "mistral"])
+def test_other_families_are_loaded_alike(family: str, tmp_path: Path) -> None:
+    activations = ActivationGrid(4, kv=8)
+    lm = packed(family, grid_of=by_name, activations=activations, online=True)
+    assert torch.equal(logits(pq.load(save(lm, tmp_path / "out", activations))), logits(lm))
+
+
+@pytest.mark.parametrize("part", ["activations", "offsets", "clipping", "online"])
+def test_every_part_shows_in_the_logits(part: str, tmp_path: Path) -> None:
+    everything = CASES["all"]
+    without = everything | ({"activations": None} if part == "activations" else {part: False})
+    assert not torch.equal(logits(packed(**everything)), logits(packed(**without)))
+
+
+def stock(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "qwen3"])
+def test_stock_transformers_gives_our_logits_with_mixed_axes(family: str, tmp_path: Path) -> None:
+    lm = packed(family, grid_of=by_name)
+    assert torch.equal(logits(stock(save(lm, tmp_path / "out"))), logits(lm))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stock_transformers_quantizes_the_inputs_of_linears_and_leaves_attention_alone(
+    bits: int, tmp_path: Path
+) -> None:
+    activations = ActivationGrid(bits)
+    lm = packed(dtype=torch.float32, grid_of=by_name, activations=activations)
+    theirs = logits(stock(save(lm, tmp_path / "out", activations)))
+    assert not torch.equal(theirs, logits(lm))
+    for module in lm.modules():
+        if isinstance(module, AttentionQuantizer):
+            module.enabled = False
+    assert torch.equal(theirs, logits(lm))
+
+
+def test_stock_transformers_refuses_what_it_would_run_wrongly(tmp_path: Path) -> None:
+    folder = save(packed(online=True), tmp_path / "out")
+    code = f"""
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({str(folder)!r})
+finally:
+    assert not any(name.startswith("plquant") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "'needs plquant: open with plquant.load(folder)'" in done.stderr
+
+
+def test_operations_of_a_later_version_are_refused(tmp_path: Path) -> None:
+    folder = save(packed(online=True), tmp_path / "out")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("test-mix", "later"))
+    with pytest.raises(ValueError, match="needs a run-time operation 'later', but this plquant has .*test-mix"):
+        pq.load(folder)
+
+
+def test_codes_that_a_kernel_would_take_give_the_same_products() -> None:
+    lm = packed(dtype=torch.float32, activations=ActivationGrid(4), offsets=True)
+    linear = lm.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(linear, PackedLinear) and linear.inputs is not None
+    x = torch.randn(2, 5, linear.in_features, generator=torch.Generator().manual_seed(0))
+    codes, weight = linear.inputs.codes(x), linear.quantized()
+    assert codes.zero_point is not None
+    steps = codes.codes.double() - codes.zero_point.double()
+    products = codes.scale.double() * (steps @ weight.dequantize().double().t())
+    torch.testing.assert_close(linear(x).double(), products, rtol=1e-5, atol=1e-5)
