@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from plquant import data, methods
     from plquant.model import QuantizedLM
     from plquant.packed_model import load
-    from plquant.quant.grid import IntGrid
+    from plquant.quant.grid import ActivationGrid, IntGrid
     from plquant.trainer import BlockwiseTrainer
 
 _PUBLIC = {
+    "ActivationGrid": "plquant.quant.grid",
     "IntGrid": "plquant.quant.grid",
     "QuantizedLM": "plquant.model",
     "BlockwiseTrainer": "plquant.trainer",
@@ -22,7 +23,7 @@ _PUBLIC = {
 }
 _MODULES = ("data", "methods")
 
-__all__ = ["BlockwiseTrainer", "IntGrid", "QuantizedLM", "__version__", "data", "load", "methods"]
+__all__ = ["ActivationGrid", "BlockwiseTrainer", "IntGrid", "QuantizedLM", "__version__", "data", "load", "methods"]
 
 
 def __getattr__(name: str) -> Any:
