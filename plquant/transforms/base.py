@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from plquant.quant.scaled_weight import ScaledWeight
+from plquant.transforms.online import OnlineOp
 
 # Letters: C channels of a source, O and I output and input channels of a linear.
 
@@ -49,7 +50,7 @@ class Transform(nn.Module):
         """What stays to be done to the source's output at run time, [..., I] -> [..., I']; differentiable."""
         return x
 
-    def online_op(self) -> nn.Module | None:
+    def online_op(self) -> OnlineOp | None:
         """``online`` as a module without parameters, for the quantized model; ``None`` if there is nothing to do."""
         return None
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+# Letters: I input channels of a linear; h blocks of n channels, or n1 x n2 channels of a Kronecker product.
 
 
 class OnlineOp(nn.Module):
@@ -47,3 +50,105 @@ def make_op(kind: str, config: dict[str, Any]) -> OnlineOp:
             "Open it with the version that wrote it, or a later one."
         )
     return kinds[kind].empty(**config)
+
+
+def apply_matrix(x: Tensor, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
+    """``(x - shift) M`` block by block, in the dtype of ``x``.
+
+    Args:
+        x: [..., h n].
+        matrix: M, [h, n, n].
+        shift: [h n].
+    """
+    x = x if shift is None else x - shift.to(x.dtype)
+    blocks = x.unflatten(-1, matrix.shape[:2])
+    return torch.einsum("...hd,hde->...he", blocks, matrix.to(x.dtype)).flatten(-2)
+
+
+def apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``x (L^T kron R)`` as ``L X R`` with X [n1, n2] the row x, in the dtype of ``x``.
+
+    Args:
+        x: [..., n1 n2].
+        left: L, [n1, n1].
+        right: R, [n2, n2].
+    """
+    n1, n2 = len(left), len(right)
+    rows = x.reshape(-1, n1, n2)
+    # Not torch.matmul, which chooses its way by whether a gradient is wanted: the fold would not repeat the training
+    # forward to the bit.
+    half = torch.bmm(left.to(x.dtype).expand(len(rows), n1, n1), rows)
+    return half.view(-1, n2).mm(right.to(x.dtype)).view(x.shape)
+
+
+class MatrixOp(OnlineOp):
+    """``(x - shift) M``, block-diagonal if there are several M; what an affine matrix leaves.
+
+    Args:
+        matrix: M, [h, n, n].
+        shift: [h n] or ``None``.
+    """
+
+    kind = "matrix"
+    matrix: Tensor
+    shift: Tensor | None
+
+    def __init__(self, matrix: Tensor, shift: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("shift", shift)
+
+    @classmethod
+    def empty(cls, blocks: int, size: int, shift: bool) -> MatrixOp:
+        """One to load tensors into: ``blocks`` matrices of width ``size``."""
+        return cls(torch.empty(blocks, size, size), torch.empty(blocks * size) if shift else None)
+
+    def config(self) -> dict[str, Any]:
+        """Sizes."""
+        return {"blocks": len(self.matrix), "size": self.matrix.shape[1], "shift": self.shift is not None}
+
+    @property
+    def macs_per_token(self) -> int:
+        """One for each entry of the matrices."""
+        return self.matrix.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h n] -> [..., h n]."""
+        return apply_matrix(x, self.matrix, self.shift)
+
+
+class KroneckerOp(OnlineOp):
+    """``x (L^T kron R)`` by two small products; what a Kronecker-factored matrix leaves.
+
+    Args:
+        left: L, [n1, n1].
+        right: R, [n2, n2].
+    """
+
+    kind = "kronecker"
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("left", left)
+        self.register_buffer("right", right)
+
+    @classmethod
+    def empty(cls, left: int, right: int) -> KroneckerOp:
+        """One to load tensors into, of these widths."""
+        return cls(torch.empty(left, left), torch.empty(right, right))
+
+    def config(self) -> dict[str, Any]:
+        """Widths of the factors."""
+        return {"left": len(self.left), "right": len(self.right)}
+
+    @property
+    def macs_per_token(self) -> int:
+        """n1 n2 (n1 + n2)."""
+        left, right = len(self.left), len(self.right)
+        return left * right * (left + right)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n1 n2] -> [..., n1 n2]."""
+        return apply_kronecker(x, self.left, self.right)

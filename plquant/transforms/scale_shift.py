@@ -15,17 +15,23 @@ from plquant.quant.scaled_weight import ScaledWeight
 from plquant.transforms.base import Transform
 
 
-def source_bias(bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> Tensor | None:
-    """The source's bias [C] after the transform: ``(b - shift) / scale``.
+def shifted_bias(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """The source's bias [C] less the shift [C], in the dtype of the bias.
 
     Raises:
         ValueError: A shift, but no bias that could take it.
     """
+    if shift is None:
+        return bias
     if bias is None:
-        if shift is not None:
-            raise ValueError("a shift was given, but the source has no bias that could take it; use shift=None")
-        return None
-    return (bias if shift is None else bias - shift) / scale
+        raise ValueError("a shift was given, but the source has no bias that could take it; leave it out")
+    return bias - shift.to(bias.dtype)
+
+
+def source_bias(bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> Tensor | None:
+    """The source's bias [C] after the transform, in its dtype: ``(b - shift) / scale``; an error as above."""
+    bias = shifted_bias(bias, shift)
+    return None if bias is None else bias / scale.to(bias.dtype)
 
 
 def consumer_bias(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
@@ -37,8 +43,8 @@ def consumer_bias(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> 
     if shift is None:
         return bias
     if bias is None:
-        raise ValueError("a shift was given, but the consumer has no bias that could take it; use shift=None")
-    return bias + weight.to(shift.dtype) @ shift
+        raise ValueError("a shift was given, but the consumer has no bias that could take it; leave it out")
+    return bias + weight @ shift.to(weight.dtype)
 
 
 def fold_source(
@@ -54,9 +60,9 @@ def fold_source(
         gain_offset: 1.0 for norms which multiply by ``1 + weight`` (Gemma), else 0.0.
     """
     if weight.ndim == 1:
-        weight = (weight + gain_offset) / scale - gain_offset
+        weight = (weight + gain_offset) / scale.to(weight.dtype) - gain_offset
     else:
-        weight = weight / scale[:, None]
+        weight = weight / scale[:, None].to(weight.dtype)
     return weight, source_bias(bias, scale, shift)
 
 
@@ -105,38 +111,20 @@ class ScaleShift(Transform):
         return weight.scale_out(1 / self.scale, rows)
 
     def write_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The bias: ``(b - shift) / scale``.
-
-        Raises:
-            ValueError: A shift, but no bias that could take it.
-        """
-        if bias is None:
-            if self.shift is not None:
-                raise ValueError("a shift was given, but the source has no bias that could take it; use shift=False")
-            return None
-        shifted = bias if self.shift is None else bias - self.shift.to(bias.dtype)
-        return shifted / self.scale.to(bias.dtype)
+        """The bias: ``(b - shift) / scale``; without one, a shift is an error."""
+        return source_bias(bias, self.scale, self.shift)
 
     def write_norm(self, weight: Tensor, bias: Tensor | None, gain_offset: float) -> tuple[Tensor, Tensor | None]:
         """The norm's gain, ``weight + gain_offset``, divided by the scale; the bias as that of a linear."""
-        weight = (weight + gain_offset) / self.scale.to(weight.dtype) - gain_offset
-        return weight, self.write_bias(bias)
+        return fold_source(weight, bias, self.scale, self.shift, gain_offset)
 
     def read_weight(self, weight: ScaledWeight) -> ScaledWeight:
         """The weight: ``W diag(scale)``."""
         return weight.scale_in(self._gather(self.scale))
 
     def read_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The bias: ``b + W shift``.
-
-        Raises:
-            ValueError: A shift, but no bias that could take it.
-        """
-        if self.shift is None:
-            return bias
-        if bias is None:
-            raise ValueError("a shift was given, but the consumer has no bias that could take it; use shift=False")
-        return bias + weight @ self._gather(self.shift).to(weight.dtype)
+        """The bias: ``b + W shift``; without one, a shift is an error."""
+        return consumer_bias(weight, bias, None if self.shift is None else self._gather(self.shift))
 
     def _gather(self, values: Tensor) -> Tensor:
         return values if self.channel is None else values[self.channel]
