@@ -1,0 +1,84 @@
+"""Statistics of activations."""
+
+import torch
+from torch import Tensor
+
+from plquant.quant.observers import Hessian
+
+
+def activations(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(*batches: Tensor) -> Hessian:
+    metric = Hessian(batches[0].shape[-1])
+    for batch in batches:
+        metric.update(batch)
+    return metric
+
+
+def test_hessian_is_the_mean_product_over_all_tokens() -> None:
+    x = activations(3, 5, 8)
+    metric = seen(x)
+    expected = sum(torch.outer(token, token) for token in x.flatten(0, 1).double()) / 15
+    torch.testing.assert_close(metric.compute().double(), expected, rtol=1e-6, atol=1e-6)
+    assert metric.tokens == 15 and metric.compute().dtype == torch.float32
+
+
+def test_batches_of_any_size_sum_to_the_whole() -> None:
+    x = activations(40, 8)
+    whole = seen(x).compute()
+    torch.testing.assert_close(seen(x[:7], x[7:8], x[8:]).compute(), whole)
+    mean_of_means = (seen(x[:7]).compute() + seen(x[7:]).compute()) / 2
+    assert not torch.allclose(mean_of_means, whole, rtol=1e-2)
+
+
+def test_two_metrics_merge_to_the_whole() -> None:
+    x = activations(40, 8)
+    metric, other = seen(x[:7]), seen(x[7:])
+    metric.merge_state(other)
+    torch.testing.assert_close(metric.compute(), seen(x).compute())
+    assert metric.tokens == 40
+
+
+def test_two_processes_sum_to_the_whole_and_keep_their_own() -> None:
+    x = activations(40, 8)
+    mine, theirs = seen(x[:7]), seen(x[7:])
+
+    def gather(state: Tensor, group: object) -> list[Tensor]:
+        return [state, theirs.products if state.ndim else theirs.tokens]
+
+    mine.sync(dist_sync_fn=gather, distributed_available=lambda: True)
+    torch.testing.assert_close(mine.products / mine.tokens, seen(x).compute())
+    mine.unsync()
+    torch.testing.assert_close(mine.compute(), seen(x[:7]).compute())
+
+
+def test_a_forward_does_not_write_into_what_was_summed_before() -> None:
+    x = activations(40, 8)
+    metric = Hessian(8)
+    torch.testing.assert_close(metric(x[:7]), seen(x[:7]).compute())
+    torch.testing.assert_close(metric(x[7:]), seen(x[7:]).compute())
+    torch.testing.assert_close(metric.compute(), seen(x).compute())
+    metric.reset()
+    assert not metric.products.any() and metric.tokens == 0
+
+
+def test_bf16_activations_are_summed_in_full_precision_under_autocast() -> None:
+    # One massive channel: as of SmolLM2's first token.
+    x = activations(512, 16)
+    x[:, 3] *= 300
+    x = (x @ activations(16, 16, seed=1)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        metric = seen(x[:256], x[256:])
+        ours = metric.compute()
+        rounded = (x.t() @ x).float() / 512
+    exact = x.double().t() @ x.double() / 512
+    assert (ours - exact).norm() / exact.norm() < 1e-6  # 1.8e-7
+    assert (rounded - exact).norm() / exact.norm() > 1e-4  # 1.4e-3
+
+
+def test_no_tokens_give_zeros() -> None:
+    metric = Hessian(8)
+    metric.update(activations(0, 8))
+    assert torch.equal(metric.compute(), torch.zeros(8, 8))
