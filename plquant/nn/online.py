@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plquant.nn.packed_linear import PackedLinear
+from plquant.transforms import gather_op  # noqa: F401, make_op knows the operations that were imported
 from plquant.transforms.online import OnlineOp, make_op
 
 
