@@ -13,6 +13,7 @@ BELOW = {
     "transforms": ["quant"],
     "formats": ["files", "quant"],
     "nn": ["quant", "transforms", "formats"],
+    "architectures": [],
     "blocks": ["quant", "transforms", "nn"],
     "parts": ["quant", "transforms", "nn", "blocks"],
     "block_module": ["quant", "nn", "blocks", "parts"],
