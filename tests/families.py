@@ -47,6 +47,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", _GEMMA),
     "phi3": ("phi3", {}),
     "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN}),
+    "starcoder2": ("starcoder2", {}),  # biases everywhere, and RoPE
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.25}),
+    "glm": ("glm", {"head_dim": 16}),  # RoPE turns neighbours, in one half of a head
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("qwen2_moe", {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 48}),
     "qwen3_moe": ("qwen3_moe", {**_MOE, "num_experts": 8, "head_dim": 8}),
@@ -84,10 +87,7 @@ def tiny_model(family: str, seed: int = 0, fused: bool = False, **overrides: Any
     return model.float().eval()
 
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
-FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
-    family: partial(tiny_model, family) for family in _CONFIGS if family not in MIXTURES
-}
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: partial(tiny_model, family) for family in _CONFIGS}
 
 BOS, EOS, VOCABULARY = 256, 257, 258
 

@@ -14,7 +14,7 @@ BELOW = {
     "formats": ["files", "quant"],
     "nn": ["quant", "transforms", "formats"],
     "architectures": [],
-    "blocks": ["quant", "transforms", "nn"],
+    "blocks": ["quant", "transforms", "nn", "architectures"],
     "parts": ["quant", "transforms", "nn", "blocks"],
     "block_module": ["quant", "nn", "blocks", "parts"],
     "methods": ["blocks", "parts", "block_module"],
