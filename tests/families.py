@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from plquant.architectures.moe import unfuse_experts_
+
 VOCAB = 96
 HIDDEN = 64
 
@@ -33,6 +35,7 @@ _GEMMA: dict[str, Any] = {
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_mha": ("llama", {"num_key_value_heads": 4, "intermediate_size": HIDDEN}),
@@ -44,25 +47,34 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", _GEMMA),
     "phi3": ("phi3", {}),
     "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN}),
+    "starcoder2": ("starcoder2", {}),  # biases everywhere, and RoPE
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.25}),
+    "glm": ("glm", {"head_dim": 16}),  # RoPE turns neighbours, in one half of a head
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 48}),
+    "qwen3_moe": ("qwen3_moe", {**_MOE, "num_experts": 8, "head_dim": 8}),
 }
 
 
-def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, fused: bool = False, **overrides: Any) -> PreTrainedModel:
     """A model of this family in evaluation mode, fp32, with every parameter random; the global RNG is left alone.
 
     Args:
         family: Key of ``FAMILIES``.
         seed: Of the parameters.
-        overrides: Of the transformers config, or ``attn_implementation``.
+        fused: Leave experts as transformers stores them.
+        overrides: Of the transformers config, or ``attn_implementation``, ``experts_implementation``.
     """
     model_type, family_config = _CONFIGS[family]
-    attention = {key: overrides.pop(key) for key in ("attn_implementation",) if key in overrides}
+    implementations = {
+        key: overrides.pop(key) for key in ("attn_implementation", "experts_implementation") if key in overrides
+    }
     config = _COMMON | family_config | overrides
     if "layer_types" in config:
         kinds = config["layer_types"]
         config["layer_types"] = [kinds[i % len(kinds)] for i in range(config["num_hidden_layers"])]
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config), **attention)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config), **implementations)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -70,6 +82,8 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
                 p.normal_(std=p.shape[-1] ** -0.5, generator=generator)
             else:  # around where it starts: gains 1 (or 0 where the norm adds the 1), biases 0
                 p.add_(torch.empty_like(p).uniform_(-0.5, 0.5, generator=generator))
+    if not fused:
+        unfuse_experts_(model)
     return model.float().eval()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from torch import Tensor, nn
 
 from plquant.blocks.capture import capture_calls, capture_inputs
-from plquant.blocks.discovery import Site, find_blocks, find_sites, structure
+from plquant.blocks.discovery import Places, find_blocks, find_places, structure
 from plquant.blocks.quant_block import QuantBlock
 from plquant.quant.grid import IntGrid
 
@@ -15,12 +15,12 @@ PROOF_TOKENS = 16
 
 
 def prepare_blocks(lm: nn.Module, grid: IntGrid, ids: Tensor, blocks_per_fit: int = 1) -> list[QuantBlock]:
-    """Turn the decoder blocks of ``lm`` into ``QuantBlock``s, in place, with their sites proven.
+    """Turn the decoder blocks of ``lm`` into ``QuantBlock``s, in place, with the places for transforms proven.
 
     Blocks of the same structure share one proof.
 
     Args:
-        lm: The language model.
+        lm: The language model, its experts unfused.
         grid: Grid of every linear, with its group size settled.
         ids: int64 [N, T], calibration ids; the blocks' arguments are captured for sequences of this length.
         blocks_per_fit: Consecutive blocks that are fitted together; the last run may be shorter.
@@ -28,23 +28,25 @@ def prepare_blocks(lm: nn.Module, grid: IntGrid, ids: Tensor, blocks_per_fit: in
     parent, layers = find_blocks(lm)
     few = ids[:1, :PROOF_TOKENS]
     hidden, short = capture_inputs(lm, layers, few), capture_calls(lm, layers, few)
-    proven: dict[Hashable, list[Site]] = {}
-    sites: list[list[Site]] = []
+    proven: dict[Hashable, Places] = {}
+    places: list[Places] = []
     for number, (layer, call) in enumerate(zip(layers, short, strict=True)):
         key = structure(layer)
         if key not in proven:
-            proven[key] = find_sites(layer, hidden, call)
-        sites.append([site.inside(str(number)) for site in proven[key]])
+            proven[key] = find_places(layer, hidden, call)
+        places.append(proven[key].inside(str(number)))
     calls = capture_calls(lm, layers, ids[:1])
     runs = [range(len(layers))[start : start + blocks_per_fit] for start in range(0, len(layers), blocks_per_fit)]
     return [
         QuantBlock(
             {str(number): layers[number] for number in numbers},
             grid,
-            [site for number in numbers for site in sites[number]],
+            [site for number in numbers for site in places[number].sites],
             [calls[number] for number in numbers],
             index,
             parent,
+            query_sites=[site for number in numbers for site in places[number].query_sites],
+            attentions=[attention for number in numbers for attention in places[number].attentions],
         )
         for index, numbers in enumerate(runs)
     ]

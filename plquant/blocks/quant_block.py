@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plquant.blocks.discovery import Site, map_tensors
+from plquant.architectures.moe import routers
+from plquant.blocks.nested import map_tensors
+from plquant.blocks.sites import Attention, QuerySite, Site
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.transformed_norm import TransformedNorm
+from plquant.nn.transformed_reader import TransformedReader
 from plquant.quant.affine import QTensor
 from plquant.quant.grid import IntGrid
 from plquant.transforms.base import Transform
@@ -31,6 +34,8 @@ class QuantBlock(nn.Module):
         calls: For each, its other arguments, which serve any batch size.
         index: Its place in the run.
         parent: Name of the list of blocks in the model, ``model.layers``.
+        query_sites: Where transforms fold between their queries and keys.
+        attentions: Their modules that call transformers' attention interface.
     """
 
     def __init__(
@@ -41,14 +46,18 @@ class QuantBlock(nn.Module):
         calls: Sequence[dict[str, Any]] = ({},),
         index: int = 0,
         parent: str = "",
+        query_sites: Sequence[QuerySite] = (),
+        attentions: Sequence[Attention] = (),
     ) -> None:
         super().__init__()
         self.layers, self.sites, self.index, self.parent = nn.ModuleDict(layers), tuple(sites), index, parent
+        self.query_sites, self.attentions = tuple(query_sites), tuple(attentions)
         self.grid = grid
         self._calls = list(calls)  # tensors shared with the other blocks
         self._calls_there: tuple[torch.device, list[dict[str, Any]]] | None = None  # and on the block's device
+        kept = routers(self.layers)
         for name, module in list(self.layers.named_modules()):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and name not in kept:
                 self.layers.set_submodule(name, FakeQuantLinear(module, grid))
         self.layers.requires_grad_(False)
 
@@ -80,7 +89,7 @@ class QuantBlock(nn.Module):
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Within it the block is the original: no transform, no rounding."""
-        switched = [m for m in self.modules() if isinstance(m, FakeQuantLinear | TransformedNorm)]
+        switched = [m for m in self.modules() if isinstance(m, FakeQuantLinear | TransformedNorm | TransformedReader)]
         for module in switched:
             module.enabled = False
         try:
@@ -92,7 +101,8 @@ class QuantBlock(nn.Module):
     def num_channels(self, site: Site) -> int:
         """Number of channels that a site's source writes."""
         source = self.layers.get_submodule(site.source)
-        return (source.norm if isinstance(source, TransformedNorm) else source).get_parameter("weight").shape[0]
+        weight = (source.norm if isinstance(source, TransformedNorm) else source).get_parameter("weight")
+        return len(range(weight.shape[0])[site.rows])
 
     def put_away(self) -> None:
         """Back to the CPU, leaving nothing on the device."""
@@ -103,7 +113,7 @@ class QuantBlock(nn.Module):
         """Put a transform at a site: the source writes through it, every consumer reads through it."""
         source = self.layers.get_submodule(site.source)
         if isinstance(source, FakeQuantLinear):
-            source.add_write(transform)
+            source.add_write(transform, site.rows)
         else:
             if not isinstance(source, TransformedNorm):
                 source = TransformedNorm(source, site.gain_offset)
@@ -111,6 +121,12 @@ class QuantBlock(nn.Module):
             source.transforms.append(transform)
         for name in site.consumers:
             self.linears[name].add_read(transform, online=transform.is_online and site.kind == "linear")
+        for name in site.kept:
+            reader = self.layers.get_submodule(name)
+            if not isinstance(reader, TransformedReader):
+                reader = TransformedReader(reader)
+                self.layers.set_submodule(name, reader)
+            reader.reads.append(transform)
 
     @torch.no_grad()
     def batches(self, x: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -158,9 +174,9 @@ class QuantBlock(nn.Module):
         self.layers.set_submodule(name, PackedLinear(weight, None if bias is None else bias.to(linear.weight.dtype)))
 
     def fold_sources_(self) -> None:
-        """Make the transforms of the norms permanent, in fp64."""
+        """Make the transforms of the norms, and of what reads them in full precision, permanent, in fp64."""
         for name, module in list(self.layers.named_modules()):
-            if isinstance(module, TransformedNorm):
+            if isinstance(module, TransformedNorm | TransformedReader):
                 self.layers.set_submodule(name, module.fold_())
 
     def pack_(self, round_weight: Callable[[FakeQuantLinear], QTensor] = FakeQuantLinear.quantize) -> None:

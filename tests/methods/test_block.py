@@ -11,8 +11,8 @@ from torch import Tensor
 from plquant.block_module import BlockModule, token_error
 from plquant.blocks.activations import Activations
 from plquant.blocks.capture import capture_inputs
-from plquant.blocks.discovery import _AllDouble
 from plquant.blocks.prepare import prepare_blocks
+from plquant.blocks.proof import _AllDouble
 from plquant.blocks.quant_block import QuantBlock
 from plquant.methods import RTN, OmniQuant
 from plquant.nn.fake_quant_linear import FakeQuantLinear
