@@ -17,8 +17,9 @@ from plquant.blocks.activations import Activations
 from plquant.blocks.capture import StopForward
 from plquant.blocks.quant_block import QuantBlock
 from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Part, Rounding, check_order
-from plquant.quant.observers import Hessian
+from plquant.quant.observers import ChannelAbsMax, Hessian
 
 
 def token_error(output: Tensor, target: Tensor) -> Tensor:
@@ -36,7 +37,23 @@ def token_error(output: Tensor, target: Tensor) -> Tensor:
     return (squares / target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
 
 
-Schedule = Literal["cosine", "constant"]
+def squared_error(output: Tensor, target: Tensor) -> tuple[float, float]:
+    """Relative squared error, ||output - target||^2 / ||target||^2, over all tokens and without the heaviest one.
+
+    The heaviest is the one with the largest squared error: where the two figures lie apart, one token is the loss.
+
+    Args:
+        output: [N, T, H].
+        target: [N, T, H].
+    """
+    pairs = list(zip(output, target, strict=True))  # sequence by sequence: no second copy of the whole stream
+    errors = torch.cat([(o.float() - t.float()).square().sum(-1) for o, t in pairs]).double()
+    energies = torch.cat([t.float().square().sum(-1) for _, t in pairs]).double()
+    rest = torch.arange(len(errors), device=errors.device) != errors.argmax()
+    return float(errors.sum() / energies.sum()), float(errors[rest].sum() / energies[rest].sum())
+
+
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,8 @@ class BlockModule(L.LightningModule):
     Args:
         block: The block to calibrate.
         parts: What is done to it, in the legal order.
-        schedule: Of the learning rates: ``cosine`` falls to zero over the fit of the block, ``constant`` does not.
+        schedule: Of the learning rates: ``cosine`` and ``linear`` fall to zero over the fit of the block, ``constant``
+            does not.
         aug_loss: Fit also to what the full-precision block makes of the quantized input.
     """
 
@@ -84,6 +102,7 @@ class BlockModule(L.LightningModule):
         self.error_before = 1.0  # of rounding to nearest; the loop measures it, losses are in units of it
         self.activations: Activations  # what it is fitted to; the loop sets it
         self.progress: RunProgress | None = None
+        self.unseen: list[str] = []  # linears of experts that no token was sent to
         self._started = False
         self._epoch_loss = MeanMetric(nan_strategy="disable")  # a NaN is no good epoch
         self._best_loss = float("inf")
@@ -101,15 +120,17 @@ class BlockModule(L.LightningModule):
         """Let every part start from the data; the process group is up, the optimizer not yet made."""
         if not self._started:
             self._started = True
-            for part in self.parts:
-                part.start(self)
+            with torch.no_grad():
+                if self.block.has_experts:
+                    self.unseen = [name for name, x in self.observe(ChannelAbsMax).items() if not x.any()]
+                for part in self.parts:
+                    part.start(self)
 
     def on_train_epoch_start(self) -> None:
         """Tell the parts how far the fit has come."""
-        share = self.trainer.current_epoch / max((self.trainer.max_epochs or 1) - 1, 1)
-        optimizer = self.trainer.optimizers[0]
+        epoch, epochs = self.trainer.current_epoch, self.trainer.max_epochs or 1
         for part in self.parts:
-            part.advance(min(share, 1.0), optimizer)
+            part.advance(epoch, max(epochs, epoch + 1), self.trainer.optimizers[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, H] -> [B, T, H], quantized."""
@@ -138,7 +159,11 @@ class BlockModule(L.LightningModule):
         if self.schedule == "constant":
             return optimizer
         steps = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        schedule: torch.optim.lr_scheduler.LRScheduler
+        if self.schedule == "linear":
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        else:
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -164,16 +189,26 @@ class BlockModule(L.LightningModule):
         """Make the fitted parts permanent: the block's linears become packed integers.
 
         Linears that read the same tensor go together, in the order they run, so that each Hessian is that of inputs
-        which earlier linears, packed already, have given.
+        which earlier linears, packed already, have given. What saw no token is rounded to nearest.
         """
-        rounding = self.rounding
-        if not rounding.wants_hessian:
-            self.block.pack_(lambda linear: rounding.round(linear, None))
+        for name in self.unseen:
+            self.block.linears[name].forget_corrections()
+        rounding, axis = self.rounding, next((part for part in self.parts if isinstance(part, AxisChoice)), None)
+        exact = torch.autocast(self.block.device.type, enabled=False)  # as in the forward, or the codes would differ
+        if axis is None and not rounding.wants_hessian:
+            with exact:
+                self.block.pack_(lambda linear: rounding.round(linear, None))
             return
         for names in self.block.stages(next(self.activations.inputs())[:1].to(self.block.device)):
-            hessians = self.hessians(names)
-            for name in names:
-                self.block.pack_linear_(name, rounding.round(self.block.linears[name], hessians[name]))
+            hessian = self.observe_quantized(Hessian, names[0])
+            linears = [self.block.linears[name] for name in names]
+            with exact:
+                if axis is not None:
+                    weights = axis.round(linears, hessian, rounding.round)
+                else:
+                    weights = [rounding.round(linear, hessian) for linear in linears]
+                for name, weight in zip(names, weights, strict=True):
+                    self.block.pack_linear_(name, weight)
         self.block.fold_sources_()
 
     @property
@@ -207,25 +242,27 @@ class BlockModule(L.LightningModule):
         return {name: metric.compute() for name, metric in metrics.items()}
 
     @torch.no_grad()
-    def hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Second moments of what is multiplied with these linears' weights, which all read the same tensor.
+    def observe_quantized(self, make: Callable[[int], Metric], name: str, final: bool = True) -> Tensor:
+        """A statistic of the inputs of one linear, over all samples, as the quantized model has them.
 
-        Returns:
-            Name of the linear -> fp32 [I, I], one tensor for all.
+        Args:
+            make: Width of the input -> a metric, updated with inputs [B, T, I].
+            name: Of the linear.
+            final: Of what is multiplied with the weight; else of the input as it comes, before what is done to it here.
         """
-        linear = self.block.linears[names[0]]
-        metric = self._metrics(Hessian, {names[0]: linear})[names[0]]
+        linear = self.block.linears[name]
+        metric = self._metrics(make, {name: linear})[name]
 
-        def watch(x: Tensor) -> None:
-            metric.update(x)
-            raise StopForward
+        def watch(came: Tensor, multiplied: Tensor) -> None:
+            metric.update(multiplied if final else came)
+            raise StopForward  # what comes after it is not needed
 
         linear.watch = watch
         for x in self.activations.inputs():
             with contextlib.suppress(StopForward):
                 self.block(x.to(self.block.device))
         linear.watch = None
-        return dict.fromkeys(names, metric.compute())
+        return metric.compute()
 
     @torch.no_grad()
     def error(self, tokens: int) -> float:

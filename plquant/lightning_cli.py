@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import plquant.methods  # noqa: F401  registers the methods' short names
+import plquant.parts  # noqa: F401  and those of their parts
 from plquant.data import TextData
 from plquant.model import QuantizedLM
 from plquant.trainer import BlockwiseTrainer
+
+DEFAULTS = {"model.method": "OmniQuant", "data": "BuiltinText"}
+
+
+def chosen_classes(args: Sequence[str]) -> set[str]:
+    """Which of the keys of ``DEFAULTS`` get a class on the command line or in one of its configuration files."""
+    flags = dict(pair.partition("=")[::2] for pair in args if pair.startswith("--"))
+    chosen = {key for key in DEFAULTS if f"--{key}" in flags}
+    following = {flag: value for flag, value in zip(args, args[1:], strict=False) if flag in ("-c", "--config")}
+    for path in (*following.values(), *(value for flag, value in flags.items() if flag == "--config" and value)):
+        if Path(path).is_file():
+            config = yaml.safe_load(Path(path).read_text())
+            for key in DEFAULTS:
+                section: Any = config
+                for name in key.split("."):
+                    section = section.get(name) if isinstance(section, dict) else None
+                if isinstance(section, str) or (isinstance(section, dict) and "class_path" in section):
+                    chosen.add(key)
+    return chosen
 
 
 class PlquantCLI(LightningCLI):
@@ -21,9 +45,16 @@ class PlquantCLI(LightningCLI):
         """Methods of the trainer, and those of their arguments that are made from sections of the configuration."""
         return {"calibrate": {"model", "datamodule"}, "validate": {"model", "datamodule"}}
 
+    arguments: Sequence[str] = ()  # what is being parsed
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Defaults that work for a newcomer, on a machine without a network too."""
-        parser.set_defaults({"model.method": {"class_path": "OmniQuant"}, "data": {"class_path": "BuiltinText"}})
+        """Defaults that work for a newcomer, on a machine without a network too.
+
+        Only for what is not chosen: to another class jsonargparse hands on the default one's options, learning rates
+        and numbers of samples, in the place of that class's own.
+        """
+        chosen = chosen_classes(self.arguments)
+        parser.set_defaults({key: {"class_path": name} for key, name in DEFAULTS.items() if key not in chosen})
 
     def before_calibrate(self) -> None:
         """Hand the run's configuration over, to be kept beside its result."""
@@ -33,6 +64,7 @@ class PlquantCLI(LightningCLI):
 
 def run(args: list[str]) -> None:
     """Parse and run; errors a user can mend end in a message, not in a traceback."""
+    PlquantCLI.arguments = args
     try:
         PlquantCLI(
             QuantizedLM,

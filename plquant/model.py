@@ -10,11 +10,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from plquant.architectures.moe import routers, unfuse_experts_
 from plquant.block_module import Method
 from plquant.blocks.discovery import find_blocks
 from plquant.blocks.quant_block import QuantBlock
 from plquant.perplexity import TokenNLL
-from plquant.quant.grid import IntGrid
+from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.run_folder import RunFolder
 from plquant.sources import Source
 
@@ -32,6 +33,9 @@ class QuantizedLM(L.LightningModule):
             folder of an earlier run.
         method: How each block is calibrated; `--model.method.help OmniQuant` shows the options of one.
         weights: Grid of integers the weights are rounded to.
+        activations: What activations are rounded to as the model runs: inputs of linears, queries, keys, values; null
+            leaves them in floating point.
+        blocks_per_fit: Consecutive blocks that are fitted together, to the outputs of the last.
         dtype: Of activations and of weights that stay in floating point. ``auto`` keeps the checkpoint's, but bfloat16
             for float16 and .gguf, since float16 overflows on massive activations.
         trust_remote_code: Run Python code that comes with the checkpoint.
@@ -42,11 +46,16 @@ class QuantizedLM(L.LightningModule):
         checkpoint: str,
         method: Method,
         weights: IntGrid = IntGrid(),  # noqa: B008  frozen
+        activations: ActivationGrid | None = None,
+        blocks_per_fit: int = 1,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.checkpoint, self.method, self.weights = checkpoint, method, weights
+        if blocks_per_fit < 1:
+            raise ValueError(f"--model.blocks_per_fit={blocks_per_fit} fits nothing; choose 1 or more blocks")
+        self.checkpoint, self.method, self.weights, self.activations = checkpoint, method, weights, activations
+        self.blocks_per_fit = blocks_per_fit
         self.source = Source.find(checkpoint, trust_remote_code)
         self.config: PretrainedConfig = self.source.config()
         self.load_dtype = self._chosen_dtype(dtype)
@@ -81,6 +90,7 @@ class QuantizedLM(L.LightningModule):
             self._lm = load(self.source.path, self.load_dtype, self.source.trust_remote_code)
         elif self._lm is None:
             self._lm = self.source.load(self.config, self.load_dtype)
+            unfuse_experts_(self._lm)
 
     def linear_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Full name of every linear in a block -> [O, I], and the number of all parameters; loads no weights."""
@@ -90,11 +100,13 @@ class QuantizedLM(L.LightningModule):
             skeleton = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.load_dtype, trust_remote_code=self.source.trust_remote_code
             )
+        unfuse_experts_(skeleton)
         name, blocks = find_blocks(skeleton)
+        kept = routers(blocks)
         shapes = {
             f"{name}.{path}": (module.out_features, module.in_features)
             for path, module in blocks.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear) and path not in kept
         }
         return shapes, sum(parameter.numel() for parameter in skeleton.parameters())
 
@@ -112,13 +124,13 @@ class QuantizedLM(L.LightningModule):
 
         config = copy.deepcopy(self.lm.config)
         config.architectures = [type(self.lm).__name__]
-        config.quantization_config = stored_config(self.lm)
+        config.quantization_config = stored_config(self.lm, self.activations)
         config.save_pretrained(folder.path)
         self.lm.generation_config.save_pretrained(folder.path)
         self.tokenizer.save_pretrained(folder.path)
-        inside = tuple(f"{block.name}." for block in blocks)
+        inside = set(name for block in blocks for name in block.tensors())
         tied = self.lm.all_tied_weights_keys  # stored once, under the name they are tied to
-        rest = {k: t for k, t in self.lm.state_dict().items() if not k.startswith(inside) and k not in tied}
+        rest = {k: t for k, t in self.lm.state_dict().items() if k not in inside and k not in tied}
         return folder.write_rest(rest), config.quantization_config["ignore"]
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from plquant.architectures.moe import unfuse_experts_
 from plquant.formats.checkpoint import packed_linears, tensor_names
 from plquant.formats.quantization_config import (
     activations_of,
@@ -61,6 +62,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         assert isinstance(config, PackedConfig)
+        unfuse_experts_(model)
         config.structure().build_(model, set(config.tensors))
         return model
 

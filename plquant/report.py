@@ -6,6 +6,7 @@ import csv
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,22 @@ import torch
 
 import plquant
 from plquant.files import replacing, write_json
+from plquant.nn.cost import Cost
 from plquant.perplexity import PerplexityResult
-from plquant.quant.grid import IntGrid
+from plquant.quant.grid import ActivationGrid, IntGrid
+
+STOCK = """Stock transformers with compressed-tensors opens this folder:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+compressed-tensors 0.18 and later fail to load asymmetric group and channel grids on the meta device unless
+`quantization_config=CompressedTensorsConfig(dequantize=True)` is passed. `plquant.load(folder)` keeps the weights
+packed in memory, and quantizes activations as in the run where they were quantized."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +42,20 @@ class BlockRecord:
         name: Name in the model.
         error_before: Relative error per token of its output when rounded to nearest, on the quantized stream.
         error_after: The same for the calibrated, packed block.
+        squared_error: Of the calibrated block, over all tokens: sum of squares relative to that of the target.
+        squared_error_rest: The same without the token that has the most of it.
         seconds: Wall time.
+        unseen: Linears of experts that no calibration token was sent to: rounded to nearest.
     """
 
     block: int
     name: str
     error_before: float
     error_after: float
+    squared_error: float
+    squared_error_rest: float
     seconds: float
+    unseen: Sequence[str] = ()
 
     def line(self, num_blocks: int) -> str:
         """For the terminal."""
@@ -53,10 +74,14 @@ class Report:
         checkpoint: What was quantized.
         method: Name of the method.
         grid: Grid of the weights.
+        activations: Of the activations, or ``None``.
         blocks: One record per block.
         perplexities: ``full precision``, ``RTN`` and the run itself, as far as they were evaluated.
         bytes_before: Size of the checkpoint's parameters in the dtype they were loaded in.
         bytes_after: Size of the tensors written.
+        cost: Effective bits and multiply-adds of the quantized linears.
+        axes: Number of linears by the axis of their groups.
+        num_blocks: Decoder blocks of the model.
         unquantized: Linears that keep their floating-point weight.
         seconds: Wall time of the run.
     """
@@ -64,10 +89,14 @@ class Report:
     checkpoint: str
     method: str
     grid: IntGrid
+    activations: ActivationGrid | None = None
     blocks: list[BlockRecord] = field(default_factory=list)
     perplexities: dict[str, PerplexityResult] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    cost: Cost | None = None
+    axes: dict[str, int] = field(default_factory=dict)
+    num_blocks: int = 0
     unquantized: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -76,7 +105,10 @@ class Report:
         """The run in the words of papers: ``OmniQuant W4A16 g64``."""
         group = "per channel" if self.grid.group_size is None else f"g{self.grid.group_size}"
         axis = "" if self.grid.axis == "in" else " per input channel"
-        return f"{self.method} W{self.grid.bits}A16 {group}{axis}{' symmetric' if self.grid.symmetric else ''}"
+        activations = "A16" if self.activations is None else self.activations.title
+        return (
+            f"{self.method} W{self.grid.bits}{activations} {group}{axis}{' symmetric' if self.grid.symmetric else ''}"
+        )
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Name, perplexity, word perplexity and size of each model measured."""
@@ -107,21 +139,53 @@ class Report:
             for row in self.rows():
                 table.add_row(*row)
             console.print(table)
-        console.print(
+        for line in self.summary():
+            console.print(line)
+
+    def summary(self) -> list[str]:
+        """What is quantized where, and what it costs."""
+        lines = [f"weights of {sum(self.axes.values())} linears: {self.grid.bits} bits"]
+        if len(self.axes) > 1:
+            lines[0] += ", " + ", ".join(
+                f"{count} with groups along the {axis}put" for axis, count in self.axes.items()
+            )
+        if self.activations is not None:
+            lines += [f"{place}: {grid}" for place, grid in self.activations.describe()]
+        if self.cost is not None:
+            lines.append(f"effective bits per weight: {self.cost.effective_bits:.3f}")
+            if self.cost.operations:
+                share = self.cost.online_macs / self.cost.macs
+                lines.append(f"run-time operations: {self.cost.operations}, {share:.2%} of the multiply-adds")
+        if unseen := [name for block in self.blocks for name in block.unseen]:
+            lines.append(f"rounded to nearest, since no calibration token was sent to them: {', '.join(unseen)}")
+        lines.append(f"not quantized: {', '.join(self.unquantized) or 'none'}")
+        if self.blocks:
+            worst = max(self.blocks, key=lambda block: block.squared_error)
+            lines.append(
+                f"largest squared error of a block's output, relative to the target: {worst.squared_error:.2e} "
+                f"({worst.name}); {worst.squared_error_rest:.2e} without its heaviest token"
+            )
+        lines.append(
             f"{self.title}: {self.bytes_after / 2**20:.1f} MiB on disk ({self.bytes_before / 2**20:.1f} before), "
             f"{self.seconds / 60:.1f} minutes, peak memory {peak_memory()}"
         )
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         simple = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("grid", "blocks", "perplexities")
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("grid", "activations", "cost", "blocks", "perplexities")
         }
         return simple | {
             "grid": asdict(self.grid),
+            "activations": None if self.activations is None else asdict(self.activations),
+            "cost": None if self.cost is None else asdict(self.cost),
             "blocks": [asdict(block) for block in self.blocks],
             "perplexities": {name: result.as_dict() for name, result in self.perplexities.items()},
             "peak_memory": peak_memory(),
+            "peak_bytes": peak_bytes(),
             "versions": versions(),
         }
 
@@ -161,7 +225,12 @@ class Report:
                 f"\nMeasured on {protocol['text']}: {protocol['windows']} windows of {protocol['window_length']} "
                 f"tokens, text sha256 `{protocol['text_sha256'][:16]}`.\n"
             )
-        kept = ", ".join(f"`{name}`" for name in self.unquantized) or "none"
+        summary = "\n".join(f"- {line}" for line in self.summary())
+        opens = (
+            "It has operations that run with the model; `plquant.load(folder)` opens it, other loaders refuse."
+            if self.cost is not None and self.cost.operations
+            else STOCK
+        )
         return f"""---
 base_model: {self.checkpoint}
 tags: [plquant, compressed-tensors, quantized]
@@ -174,27 +243,20 @@ Quantized from `{self.checkpoint}` by plquant {plquant.__version__}.
 |---|---|---|---|
 {rows}
 {measured}
-Linears not quantized: {kept}. `config.yaml`, where there is one, repeats the run.
+{summary}
 
-Stock transformers with compressed-tensors opens this folder:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-
-compressed-tensors 0.18 and later fail to load asymmetric group and channel grids on the meta device unless
-`quantization_config=CompressedTensorsConfig(dequantize=True)` is passed. `plquant.load(folder)` keeps the weights
-packed in memory.
+`config.yaml`, where there is one, repeats the run. {opens}
 """
+
+
+def peak_bytes() -> int:
+    """Greatest resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_memory() -> str:
     """Greatest resident memory of this process, and on a GPU the greatest allocation, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+    text = f"{peak_bytes() / 2**30:.2f} GiB"
     if torch.cuda.is_available():
         text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     return text

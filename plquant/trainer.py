@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor, nn
 
 import plquant
-from plquant.block_module import BlockModule, RunProgress, token_error
+from plquant.block_module import BlockModule, RunProgress, squared_error, token_error
 from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
@@ -31,6 +32,8 @@ from plquant.data.base import TextData
 from plquant.files import write_json
 from plquant.formats.checkpoint import predicted_bytes
 from plquant.model import QuantizedLM
+from plquant.nn.cost import Cost
+from plquant.nn.packed_structure import PackedStructure
 from plquant.perplexity import PerplexityResult
 from plquant.quant.grid import IntGrid
 from plquant.report import BlockRecord, Report
@@ -114,9 +117,9 @@ class BlockwiseTrainer(L.Trainer):
         if one_step:
             ids = ids[: datamodule.batch_size]
         folder.create(self.run_config)
-        report = Report(model.checkpoint, type(self._probe(model, grid)).__name__, grid)
+        report = Report(model.checkpoint, type(self._probe(model, grid)).__name__, grid, model.activations)
         report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
-        blocks = prepare_blocks(model.lm, grid, ids)
+        blocks = prepare_blocks(model.lm, grid, ids, model.activations, model.blocks_per_fit)
         if evaluate:
             with full_precision(blocks):
                 report.perplexities["full precision"] = self._perplexity(model, datamodule)
@@ -130,12 +133,16 @@ class BlockwiseTrainer(L.Trainer):
                 record = self._reload_block(block, folder, x_q, x_fp)
             else:
                 record = self._calibrate_block(block, model, datamodule.batch_size, x_q, x_fp, progress)
-                folder.write_block(block.index, block.tensors(), asdict(record))
+                structure = block.structure().as_dict()
+                folder.write_block(block.index, block.tensors(), {"record": asdict(record), "structure": structure})
             report.blocks.append(record)
             print(record.line(len(blocks)), flush=True)
         del x_fp, x_q
 
         report.bytes_after, report.unquantized = model.save_rest(folder, blocks)
+        report.unquantized += [f"{block.parent}.{name}" for block in blocks for name in block.kept]
+        report.cost, report.num_blocks = Cost.of(model.lm), sum(len(block.layers) for block in blocks)
+        report.axes = dict(Counter(grid.axis for block in blocks for grid in block.structure().grids.values()))
         if evaluate:
             report.perplexities[report.title] = self._perplexity(model, datamodule)
         report.seconds = time.monotonic() - started
@@ -169,7 +176,9 @@ class BlockwiseTrainer(L.Trainer):
             block.map_(x_q, at_once(x_q))
         block.put_away()
         after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
-        return BlockRecord(block.index, block.name, before, after, time.monotonic() - started)
+        squares = squared_error(x_q, x_fp)
+        unseen = [f"{block.parent}.{name}" for name in module.unseen]
+        return BlockRecord(block.index, block.name, before, after, *squares, time.monotonic() - started, unseen)
 
     def _fit(self, module: BlockModule, activations: Activations) -> None:
         """Train a block's parameters, or, where there are none, only let it take its statistics."""
@@ -185,14 +194,14 @@ class BlockwiseTrainer(L.Trainer):
 
     def _reload_block(self, block: QuantBlock, folder: RunFolder, x_q: Tensor, x_fp: Tensor) -> BlockRecord:
         """Take a finished block from its file; both streams become its outputs."""
-        tensors, record = folder.read_block(block.index)
+        tensors, found = folder.read_block(block.index)
         with self._on_device(block):
             with block.full_precision():
                 block.map_(x_fp, at_once(x_fp))
-            block.load_(tensors)
+            block.load_(PackedStructure.from_dict(found["structure"]), tensors)
             block.map_(x_q, at_once(x_q))
         block.put_away()
-        return BlockRecord(**record)
+        return BlockRecord(**found["record"])
 
     def validate(  # type: ignore[override]
         self,
@@ -254,7 +263,7 @@ class BlockwiseTrainer(L.Trainer):
         rest = total - sum(o * i for o, i in shapes.values())
         size = predicted_bytes(shapes, dict.fromkeys(shapes, grid), rest, model.load_dtype)
         done = folder.check(size)
-        title = Report(model.checkpoint, type(probe).__name__, grid).title
+        title = Report(model.checkpoint, type(probe).__name__, grid, model.activations).title
         auto = " (group_size: auto)" if model.weights.group_size == "auto" else ""
         print(
             f"{title}{auto}: {len(shapes)} linear layers of {model.checkpoint} -> {output_dir}, {size / 2**20:.1f} MiB"
@@ -270,7 +279,13 @@ class BlockwiseTrainer(L.Trainer):
         return {
             "plquant": plquant.__version__,
             "seed": _seed(),
-            "model": {"checkpoint": model.checkpoint, "weights": asdict(grid), "dtype": str(model.load_dtype)},
+            "model": {
+                "checkpoint": model.checkpoint,
+                "weights": asdict(grid),
+                "activations": None if model.activations is None else asdict(model.activations),
+                "blocks_per_fit": model.blocks_per_fit,
+                "dtype": str(model.load_dtype),
+            },
             "method": {"class": type(method).__qualname__, **method.hparams},
             "data": {"class": type(datamodule).__qualname__, **datamodule.hparams},
             "trainer": own,
@@ -279,7 +294,7 @@ class BlockwiseTrainer(L.Trainer):
     def _probe(self, model: QuantizedLM, grid: IntGrid) -> BlockModule:
         """The method on a block of one linear: shows its name and options, and refuses wrong ones at once."""
         width = grid.group_size if isinstance(grid.group_size, int) else 8
-        return model.method(QuantBlock({"0": nn.Linear(width, width)}, grid))
+        return model.method(QuantBlock({"0": nn.Linear(width, width)}, grid, activations=model.activations))
 
     @contextmanager
     def _on_device(self, block: QuantBlock) -> Iterator[None]:

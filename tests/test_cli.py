@@ -206,3 +206,40 @@ def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Pa
 def test_part_of_the_text_is_no_perplexity(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="63 of 126 tokens were measured.*--trainer.limit_val_batches"):
         calibrate(checkpoint, tmp_path / "out", "--trainer.limit_val_batches", "1")
+
+
+def test_options_of_a_default_do_not_reach_the_class_chosen_instead(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BuiltinText's number of samples is no option of a file of ids, nor OmniQuant's learning rate of another method."""
+    ids = tmp_path / "ids.safetensors"
+    save_file({"calibration_ids": torch.ones(3, 16).int(), "evaluation_ids": torch.ones(2, 16).int()}, ids)
+    command = ["calibrate", "--model.checkpoint", str(checkpoint), "--print_config"]
+    for chosen in (["--data", "TokenIds"], ["--data=TokenIds"]):
+        with pytest.raises(SystemExit):
+            main([*command, *chosen, "--data.file", str(ids)])
+        assert "num_samples: null" in capsys.readouterr().out
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data:\n  class_path: TokenIds\n  init_args: {{file: {ids}}}\n")
+    for flag in (["-c", str(config)], ["--config", str(config)], [f"--config={config}"]):
+        with pytest.raises(SystemExit):
+            main([*command, *flag])
+        text = capsys.readouterr().out
+        assert "num_samples: null" in text and "OmniQuant" in text
+
+
+def test_parts_are_listed_in_yaml(checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / "parts.yaml"
+    config.write_text(
+        "model:\n  method:\n    class_path: Composed\n    init_args:\n      parts:\n"
+        "      - {class_path: LET, init_args: {lr: 0.02, alpha: search}}\n      - class_path: LWC\n"
+    )
+    calibrate(checkpoint, tmp_path / "out", "-c", str(config))
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["method"]
+    assert recipe["parts"] == [
+        {"class": "LET", "lr": 0.02, "alpha": "search", "shift": True},
+        {"class": "LWC", "lr": 0.1, "init": 4.0},
+    ]
+    config.write_text("model: {method: {class_path: Composed, init_args: {parts: [LWC, LET]}}}\n")
+    with pytest.raises(SystemExit, match=r"LWC \(clipping\) -> LET \(scale and shift\) is not in the legal order"):
+        calibrate(checkpoint, tmp_path / "other", "-c", str(config))

@@ -9,12 +9,18 @@ from torch import Tensor, nn
 from plquant.blocks.capture import capture_calls, capture_inputs
 from plquant.blocks.discovery import Places, find_blocks, find_places, structure
 from plquant.blocks.quant_block import QuantBlock
-from plquant.quant.grid import IntGrid
+from plquant.quant.grid import ActivationGrid, IntGrid
 
 PROOF_TOKENS = 16
 
 
-def prepare_blocks(lm: nn.Module, grid: IntGrid, ids: Tensor, blocks_per_fit: int = 1) -> list[QuantBlock]:
+def prepare_blocks(
+    lm: nn.Module,
+    grid: IntGrid,
+    ids: Tensor,
+    activations: ActivationGrid | None = None,
+    blocks_per_fit: int = 1,
+) -> list[QuantBlock]:
     """Turn the decoder blocks of ``lm`` into ``QuantBlock``s, in place, with the places for transforms proven.
 
     Blocks of the same structure share one proof.
@@ -23,6 +29,7 @@ def prepare_blocks(lm: nn.Module, grid: IntGrid, ids: Tensor, blocks_per_fit: in
         lm: The language model, its experts unfused.
         grid: Grid of every linear, with its group size settled.
         ids: int64 [N, T], calibration ids; the blocks' arguments are captured for sequences of this length.
+        activations: Grid of the activations, or ``None``.
         blocks_per_fit: Consecutive blocks that are fitted together; the last run may be shorter.
     """
     parent, layers = find_blocks(lm)
@@ -45,8 +52,9 @@ def prepare_blocks(lm: nn.Module, grid: IntGrid, ids: Tensor, blocks_per_fit: in
             [calls[number] for number in numbers],
             index,
             parent,
-            query_sites=[site for number in numbers for site in places[number].query_sites],
-            attentions=[attention for number in numbers for attention in places[number].attentions],
+            [site for number in numbers for site in places[number].query_sites],
+            [attention for number in numbers for attention in places[number].attentions],
+            activations,
         )
         for index, numbers in enumerate(runs)
     ]

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plquant.architectures.moe import routers
+from plquant.architectures.moe import Experts, routers
 from plquant.blocks.nested import map_tensors
 from plquant.blocks.sites import Attention, QuerySite, Site
+from plquant.nn.activation_quantizer import ActivationQuantizer
+from plquant.nn.attention import AttentionQuantizer, quantize_attention_
 from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.nn.online import attach_online_
 from plquant.nn.packed_linear import PackedLinear
+from plquant.nn.packed_structure import PackedStructure
 from plquant.nn.transformed_norm import TransformedNorm
 from plquant.nn.transformed_reader import TransformedReader
 from plquant.quant.affine import QTensor
-from plquant.quant.grid import IntGrid
+from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.transforms.base import Transform
+from plquant.transforms.online import OnlineOp
+from plquant.transforms.query_key import QueryKey
 
 
 class QuantBlock(nn.Module):
@@ -34,8 +40,9 @@ class QuantBlock(nn.Module):
         calls: For each, its other arguments, which serve any batch size.
         index: Its place in the run.
         parent: Name of the list of blocks in the model, ``model.layers``.
-        query_sites: Where transforms fold between their queries and keys.
+        query_sites: Where transforms fold between queries and keys.
         attentions: Their modules that call transformers' attention interface.
+        activations: What activations are rounded to, or ``None``.
     """
 
     def __init__(
@@ -48,17 +55,23 @@ class QuantBlock(nn.Module):
         parent: str = "",
         query_sites: Sequence[QuerySite] = (),
         attentions: Sequence[Attention] = (),
+        activations: ActivationGrid | None = None,
     ) -> None:
         super().__init__()
-        self.layers, self.sites, self.index, self.parent = nn.ModuleDict(layers), tuple(sites), index, parent
-        self.query_sites, self.attentions = tuple(query_sites), tuple(attentions)
-        self.grid = grid
+        self.layers, self.index, self.parent = nn.ModuleDict(layers), index, parent
+        self.sites, self.query_sites = tuple(sites), tuple(query_sites)
+        self.grid, self.activations = grid, activations
         self._calls = list(calls)  # tensors shared with the other blocks
         self._calls_there: tuple[torch.device, list[dict[str, Any]]] | None = None  # and on the block's device
         kept = routers(self.layers)
         for name, module in list(self.layers.named_modules()):
             if isinstance(module, nn.Linear) and name not in kept:
-                self.layers.set_submodule(name, FakeQuantLinear(module, grid))
+                linear = FakeQuantLinear(module, grid)
+                if activations is not None and activations.bits is not None:
+                    linear.inputs = ActivationQuantizer(activations.bits, activations.symmetric)
+                self.layers.set_submodule(name, linear)
+        if activations is not None:
+            quantize_attention_(self.layers, [attention.name for attention in attentions], activations)
         self.layers.requires_grad_(False)
 
     @property
@@ -66,6 +79,22 @@ class QuantBlock(nn.Module):
         """Its name in the model, ``model.layers.3``, or ``model.layers.4-7``."""
         numbers = list(self.layers)
         return f"{self.parent}.{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
+
+    @property
+    def kept(self) -> list[str]:
+        """Its modules that choose experts and stay as they are, beside linears of the model."""
+        names = {name for site in self.sites for name in site.kept}
+        return sorted(name for name in names if not isinstance(self.layers.get_submodule(name), nn.Linear))
+
+    @property
+    def has_experts(self) -> bool:
+        """Some linears run only for the tokens that are sent to them."""
+        return any(isinstance(module, Experts) for module in self.layers.modules())
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Queries or keys are rounded."""
+        return self.activations is not None and bool(self.activations.bits or self.activations.kv_bits)
 
     @property
     def linears(self) -> dict[str, FakeQuantLinear]:
@@ -89,7 +118,8 @@ class QuantBlock(nn.Module):
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Within it the block is the original: no transform, no rounding."""
-        switched = [m for m in self.modules() if isinstance(m, FakeQuantLinear | TransformedNorm | TransformedReader)]
+        kinds = FakeQuantLinear | TransformedNorm | TransformedReader | AttentionQuantizer
+        switched = [m for m in self.modules() if isinstance(m, kinds)]
         for module in switched:
             module.enabled = False
         try:
@@ -111,22 +141,36 @@ class QuantBlock(nn.Module):
 
     def transform_(self, site: Site, transform: Transform) -> None:
         """Put a transform at a site: the source writes through it, every consumer reads through it."""
-        source = self.layers.get_submodule(site.source)
-        if isinstance(source, FakeQuantLinear):
-            source.add_write(transform, site.rows)
+        if site.kind == "linear":
+            self.linears[site.source].add_write(transform, site.rows)
         else:
-            if not isinstance(source, TransformedNorm):
-                source = TransformedNorm(source, site.gain_offset)
-                self.layers.set_submodule(site.source, source)
-            source.transforms.append(transform)
+            self.correct_norm_(site.source, transform, site.gain_offset)
         for name in site.consumers:
-            self.linears[name].add_read(transform, online=transform.is_online and site.kind == "linear")
+            self.linears[name].add_read(transform, online=site.kind == "linear")
         for name in site.kept:
             reader = self.layers.get_submodule(name)
             if not isinstance(reader, TransformedReader):
                 reader = TransformedReader(reader)
                 self.layers.set_submodule(name, reader)
             reader.reads.append(transform)
+
+    def transform_queries_(self, site: QuerySite, transform: QueryKey) -> None:
+        """Put a transform between queries and keys."""
+        query, key = transform.sides()
+        if site.kind == "linear":
+            self.linears[site.query].add_write(query, site.query_rows)
+            self.linears[site.key].add_write(key, site.key_rows)
+        else:
+            self.correct_norm_(site.query, query, site.gain_offset)
+            self.correct_norm_(site.key, key, site.gain_offset)
+
+    def correct_norm_(self, name: str, transform: Transform, gain_offset: float) -> None:
+        """Let a norm write through a transform, without telling its consumers."""
+        norm = self.layers.get_submodule(name)
+        if not isinstance(norm, TransformedNorm):
+            norm = TransformedNorm(norm, gain_offset)
+            self.layers.set_submodule(name, norm)
+        norm.transforms.append(transform)
 
     @torch.no_grad()
     def batches(self, x: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -171,13 +215,19 @@ class QuantBlock(nn.Module):
         """Put a ``PackedLinear`` of these codes in the place of a linear, its bias folded in fp64."""
         linear = self.linears[name]
         bias = linear.transformed_bias(torch.float64)
-        self.layers.set_submodule(name, PackedLinear(weight, None if bias is None else bias.to(linear.weight.dtype)))
+        packed = PackedLinear(weight, None if bias is None else bias.to(linear.weight.dtype))
+        packed.inputs = linear.inputs
+        attach_online_(packed, _operations(linear.online))
+        self.layers.set_submodule(name, packed)
 
     def fold_sources_(self) -> None:
         """Make the transforms of the norms, and of what reads them in full precision, permanent, in fp64."""
         for name, module in list(self.layers.named_modules()):
             if isinstance(module, TransformedNorm | TransformedReader):
-                self.layers.set_submodule(name, module.fold_())
+                folded = module.fold_()
+                self.layers.set_submodule(name, folded)
+                if isinstance(module, TransformedNorm):
+                    attach_online_(folded, _operations(module.transforms))
 
     def pack_(self, round_weight: Callable[[FakeQuantLinear], QTensor] = FakeQuantLinear.quantize) -> None:
         """Pack every linear and fold the norms."""
@@ -185,18 +235,20 @@ class QuantBlock(nn.Module):
             self.pack_linear_(name, round_weight(linear))
         self.fold_sources_()
 
-    def grids(self) -> dict[str, IntGrid]:
-        """Full name in the model of every packed linear, and its grid."""
-        return {
-            f"{self.parent}.{name}": m.grid for name, m in self.layers.named_modules() if isinstance(m, PackedLinear)
-        }
+    def structure(self) -> PackedStructure:
+        """What the packed block consists of besides its tensors."""
+        return PackedStructure.of(self.layers, self.activations)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the packed block, by their full names in the model."""
         return {f"{self.parent}.{name}": tensor for name, tensor in self.layers.state_dict().items()}
 
-    def load_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become the packed block that ``tensors`` came from."""
-        for name, linear in self.linears.items():
-            self.layers.set_submodule(name, PackedLinear.empty(linear, linear.grid))
-        self.layers.load_state_dict({name.removeprefix(f"{self.parent}."): t for name, t in tensors.items()})
+    def load_(self, structure: PackedStructure, tensors: Mapping[str, Tensor]) -> None:
+        """Become the packed block that ``structure`` and ``tensors`` came from."""
+        own = {name.removeprefix(f"{self.parent}."): tensor for name, tensor in tensors.items()}
+        structure.build_(self.layers, own)
+        self.layers.load_state_dict(own)
+
+
+def _operations(transforms: Iterable[Transform]) -> list[OnlineOp]:
+    return [op for transform in transforms if (op := transform.online_op()) is not None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from plquant.nn.activation_quantizer import ActivationQuantizer
+from plquant.nn.corrections import Corrections
 from plquant.quant.affine import QTensor
 from plquant.quant.clipping import Clipping
 from plquant.quant.fake_quantize import fake_quantize, quantize_weight
@@ -31,10 +32,10 @@ class FakeQuantLinear(nn.Module):
         reads: Transforms of the input channels, whose source is another module, in order.
         writes: Transforms of the output channels of which this linear is the source, in order.
         write_rows: The output channels each of them is about.
-        lora: Low-rank correction, added before rounding, or ``None``.
-        online: Transforms with something left to do to the input at run time, where the source cannot do it.
+        corrections: What is added to the transformed weight before rounding, in order.
+        online: Those of ``reads`` of which the source leaves it to this linear to do what remains at run time.
         inputs: Quantizes what is multiplied with the weight, or ``None`` for 16-bit activations.
-        watch: Called with what is multiplied with the weight, [..., I].
+        watch: Called with the input as it comes and as it is multiplied with the weight, both [..., I].
     """
 
     def __init__(self, linear: nn.Linear, grid: IntGrid) -> None:
@@ -46,9 +47,9 @@ class FakeQuantLinear(nn.Module):
         self.clip: Clipping | None = None
         self.reads, self.writes, self.online = Transforms(), Transforms(), Transforms()
         self.write_rows: list[slice] = []
-        self.lora: Any = None
-        self.inputs: nn.Module | None = None
-        self.watch: Callable[[Tensor], None] | None = None
+        self.corrections = Corrections()
+        self.inputs: ActivationQuantizer | None = None
+        self.watch: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def in_features(self) -> int:
@@ -56,7 +57,7 @@ class FakeQuantLinear(nn.Module):
         return self.weight.shape[1]
 
     def add_read(self, transform: Transform, online: bool = False) -> None:
-        """Put a transform on the input channels; ``online`` if what remains at run time is done here."""
+        """Put a transform on the input channels; ``online`` if what remains of it at run time is to be done here."""
         self.reads.append(transform)
         if online:
             self.online.append(transform)
@@ -66,18 +67,23 @@ class FakeQuantLinear(nn.Module):
         self.writes.append(transform)
         self.write_rows.append(rows)
 
+    def forget_corrections(self) -> None:
+        """Round to nearest, over the full range; transforms stay, others count on them."""
+        self.clip, self.corrections = None, Corrections()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         if not self.enabled:
             return F.linear(x, self.weight, self.bias)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        came = x
         for transform in self.online:
             x = transform.online(x)
         if self.inputs is not None:
             x = self.inputs(x)
         if self.watch is not None:
-            self.watch(x)
+            self.watch(came, x)
         with torch.autocast(device, enabled=False):
             weight = fake_quantize(*self._rounding(), dtype=dtype, scale_dtype=self.weight.dtype)
             bias = self.transformed_bias(torch.promote_types(self.weight.dtype, torch.float32))
@@ -88,19 +94,21 @@ class FakeQuantLinear(nn.Module):
         return quantize_weight(*self._rounding(), scale_dtype=self.weight.dtype)
 
     def transformed(self) -> ScaledWeight:
-        """The weight that is rounded: after all transforms and the low-rank correction."""
+        """The weight that is rounded: after all transforms and corrections."""
         weight = ScaledWeight(self.weight)
         for transform, rows in zip(self.writes, self.write_rows, strict=True):
             weight = transform.write_weight(weight, rows)
         for transform in self.reads:
             weight = transform.read_weight(weight)
-        return weight if self.lora is None else ScaledWeight(weight.dense() + self.lora.delta())
+        for correction in self.corrections:
+            weight = ScaledWeight(weight.dense() + correction.delta())
+        return weight
 
     def transformed_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The bias after all transforms, [O]; computed in ``dtype``."""
         bias: Tensor | None = None if self.bias is None else self.bias.to(dtype)
         for transform in self.reads:
-            bias = transform.read_bias(self.weight.to(dtype), bias)
+            bias = transform.read_bias(self.weight, bias)
         for transform, rows in zip(self.writes, self.write_rows, strict=True):
             if bias is None:
                 bias = transform.write_bias(None)

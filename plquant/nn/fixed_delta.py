@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from plquant.nn.corrections import Correction
 
 
-class FixedDelta(nn.Module):
+class FixedDelta(Correction):
     """A constant that is added to a weight after all transforms, before rounding.
 
     Args:

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from plquant.nn.corrections import Correction
 
-class LoRA(nn.Module):
+
+class LoRA(Correction):
     """A learnable change of a weight, ``alpha / rank * B A``; zero at the start.
 
     It is added to the weight before rounding, so that what is trained is what is rounded, and costs nothing at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from plquant.transforms.online import OnlineOp, make_op
 class Online(nn.Sequential):
     """Run-time operations, in order, [..., I] -> [..., I']."""
 
+    def __iter__(self) -> Iterator[OnlineOp]:
+        """One by one."""
+        return super().__iter__()  # type: ignore[return-value]
+
 
 def attach_online_(module: nn.Module, ops: Iterable[OnlineOp]) -> None:
     """Make operations a part of a module, its child ``online``, so that they are saved, loaded and moved with it.
@@ -25,6 +29,8 @@ def attach_online_(module: nn.Module, ops: Iterable[OnlineOp]) -> None:
         ops: The operations, in order.
     """
     online = Online(*ops)
+    if not len(online):
+        return
     if isinstance(module, PackedLinear):
         module.online = online
         return

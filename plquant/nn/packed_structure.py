@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,26 @@ class PackedStructure:
             name for name, m in model.named_modules() if isinstance(getattr(m, CHILD, None), AttentionQuantizer)
         ]
         return cls({name: m.grid for name, m in packed.items()}, activations, attention, online_entries(model))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "grids": {name: asdict(grid) for name, grid in self.grids.items()},
+            "activations": None if self.activations is None else asdict(self.activations),
+            "attention": list(self.attention),
+            "online": dict(self.online),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PackedStructure:
+        """The inverse of ``as_dict``."""
+        activations = content["activations"]
+        return cls(
+            {name: IntGrid(**grid) for name, grid in content["grids"].items()},
+            None if activations is None else ActivationGrid(**activations),
+            content["attention"],
+            content["online"],
+        )
 
     def build_(self, model: nn.Module, tensors: Collection[str]) -> None:
         """Put all of it in the place of the original modules, empty.

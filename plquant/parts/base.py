@@ -33,6 +33,9 @@ class Fitting(Protocol):
     def observe(self, make: Callable[[int], Metric], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Statistics of the inputs of these linears, or all, in full precision: name -> the metric's value."""
 
+    def observe_quantized(self, make: Callable[[int], Metric], name: str, final: bool = True) -> Tensor:
+        """A statistic of the inputs of one linear, as the quantized model has them; ``final``: as multiplied."""
+
     def error(self, tokens: int) -> float:
         """Error of the block as it is now, over about so many tokens; see ``token_error``."""
 
@@ -72,12 +75,12 @@ class Part:
     def start(self, fitting: Fitting) -> None:
         """Set what starts from the data; called once, before the first step."""
 
-    def advance(self, share: float, optimizer: torch.optim.Optimizer) -> None:
-        """Called before every epoch with the share of the fit that is done: 0 before the first, 1 before the last."""
+    def advance(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called before every epoch, counted from 0, of so many."""
 
 
 class Rounding(Part):
-    """The last part: codes of a linear whose other parts are fitted. This one rounds to nearest."""
+    """The last part: codes of a linear whose other parts are fitted. This one rounds to nearest, over the full range."""
 
     place = "rounding"
     wants_hessian: bool = False

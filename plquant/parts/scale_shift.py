@@ -7,24 +7,29 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from plquant.blocks.discovery import Site
 from plquant.blocks.quant_block import QuantBlock
+from plquant.blocks.sites import Site
 from plquant.parts.base import Fitting, Part
 from plquant.quant.observers import ChannelAbsMax
+from plquant.transforms.rotary_pairs import RotaryPairs
 from plquant.transforms.scale_shift import ScaleShift
 
 ALPHAS = (0.0, 0.15, 0.3, 0.5, 0.65, 0.8)  # tried by a search
-SEARCH_TOKENS = 4096
+SEARCH_TOKENS = 2048
 
 
 class LET(Part):
     """Learns a scale per channel, and a shift where biases can take it up, at every place where it folds for free.
 
+    Between queries and keys, where attention quantizes them, it is one scale for the two channels that RoPE turns
+    together. A scale that nothing would see is left out.
+
     Args:
         block: The block to calibrate.
         lr: Learning rate of the logarithms of the scales, and of the shifts.
         alpha: The scales start at max|x|^alpha / max|w|^(1 - alpha) per channel, as in SmoothQuant; ``search`` tries
-            several and keeps the one with the least error of the block; ``null`` starts at the identity.
+            several and keeps the one with the least error of the block; ``null`` starts at the identity. Those between
+            queries and keys start at the identity.
         shift: Learn shifts where they fold.
     """
 
@@ -45,10 +50,23 @@ class LET(Part):
             transform = ScaleShift(block.num_channels(site), site.channel, shift=shift and site.admits_shift)
             block.transform_(site, transform)
             self.transforms.append(transform)
+        self.pairs: list[RotaryPairs] = []
+        for query_site in block.query_sites if block.quantizes_attention else ():
+            pairs = RotaryPairs(
+                query_site.heads,
+                query_site.kv_heads,
+                query_site.head_dim,
+                query_site.pairs,
+                query_site.free,
+                query_site.kind,
+                rotate=False,
+            )
+            block.transform_queries_(query_site, pairs)
+            self.pairs.append(pairs)
 
     def learnables(self) -> dict[float, list[nn.Parameter]]:
         """Scales and shifts."""
-        return {self.lr: [p for transform in self.transforms for p in transform.parameters()]}
+        return {self.lr: [p for transform in (*self.transforms, *self.pairs) for p in transform.parameters()]}
 
     def start(self, fitting: Fitting) -> None:
         """Start the scales from the activations."""
@@ -71,11 +89,9 @@ class LET(Part):
 
     def _is_redundant(self, site: Site) -> bool:
         """Nothing sees the scale: groups of one input channel do not (nor does a norm, nor a row's own scale)."""
-        grids = [self.block.linears[name].grid for name in site.consumers]
-        source = self.block.linears.get(site.source)
-        source_sees = source is not None and source.grid.axis == "out"
-        activations_see = any(self.block.linears[name].inputs is not None for name in site.consumers)
-        return all(grid.axis == "out" for grid in grids) and not source_sees and not activations_see
+        consumers = [self.block.linears[name] for name in site.consumers]
+        source_sees = site.kind == "linear" and self.block.linears[site.source].grid.axis == "out"
+        return not source_sees and all(linear.grid.axis == "out" and linear.inputs is None for linear in consumers)
 
     def _initial_log_scale(self, site: Site, abs_max: dict[str, Tensor], alpha: float) -> Tensor:
         """SmoothQuant's scale per source channel, its maxima taken over all consumers; geometric mean 1."""

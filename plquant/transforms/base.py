@@ -43,7 +43,7 @@ class Transform(nn.Module):
         return weight
 
     def read_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """A consumer's bias [O]; ``weight`` [O, I] is the original one, both in the dtype to compute in."""
+        """A consumer's bias [O], computed in its dtype; ``weight`` [O, I] is the original one."""
         return bias
 
     def online(self, x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class MatrixOp(OnlineOp):
 
     def __init__(self, matrix: Tensor, shift: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("matrix", matrix)
+        self.register_buffer("matrix", matrix.contiguous())  # as it is loaded: strides choose how it is multiplied
         self.register_buffer("shift", shift)
 
     @classmethod
@@ -131,8 +131,8 @@ class KroneckerOp(OnlineOp):
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         super().__init__()
-        self.register_buffer("left", left)
-        self.register_buffer("right", right)
+        self.register_buffer("left", left.contiguous())
+        self.register_buffer("right", right.contiguous())
 
     @classmethod
     def empty(cls, left: int, right: int) -> KroneckerOp:

@@ -44,7 +44,7 @@ def consumer_bias(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> 
         return bias
     if bias is None:
         raise ValueError("a shift was given, but the consumer has no bias that could take it; leave it out")
-    return bias + weight @ shift.to(weight.dtype)
+    return bias + weight.to(bias.dtype) @ shift.to(bias.dtype)
 
 
 def fold_source(

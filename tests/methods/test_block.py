@@ -1,6 +1,7 @@
 """One block of every family: transforms are equivalences, what is trained is what is folded, and fitting helps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -8,32 +9,45 @@ import pytest
 import torch
 from torch import Tensor
 
+from plquant.architectures.moe import unfuse_experts_
 from plquant.block_module import BlockModule, token_error
 from plquant.blocks.activations import Activations
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.proof import _AllDouble
 from plquant.blocks.quant_block import QuantBlock
-from plquant.methods import RTN, OmniQuant
+from plquant.methods import RTN, AffineQuant, OmniQuant
+from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.transformed_norm import TransformedNorm
-from plquant.quant.grid import IntGrid
+from plquant.quant.grid import ActivationGrid, IntGrid
+from plquant.transforms.dominant_matrix import DominantMatrix
 from plquant.transforms.scale_shift import ScaleShift
 from tests.families import FAMILIES, VOCAB, tiny_model
 
 GRID = IntGrid(3, 16)
 
 
-def make_block(family: str, dtype: torch.dtype = torch.float32, grid: IntGrid = GRID) -> tuple[QuantBlock, Tensor]:
+def make_block(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    grid: IntGrid = GRID,
+    activations: ActivationGrid | None = None,
+) -> tuple[QuantBlock, Tensor]:
     lm = tiny_model(family).to(dtype)
+    unfuse_experts_(lm)
     ids = torch.randint(3, VOCAB, (6, 24), generator=torch.Generator().manual_seed(0))
-    blocks = prepare_blocks(lm, grid, ids)
+    blocks = prepare_blocks(lm, grid, ids, activations)
     return blocks[0], capture_inputs(lm, list(blocks[0].layers.values()), ids)
 
 
-def randomize_(module: OmniQuant, seed: int = 0) -> None:
+def randomize_(module: BlockModule, seed: int = 0) -> None:
+    """Random values for all that is learned, every matrix open."""
     generator = torch.Generator().manual_seed(seed)
+    for m in module.modules():
+        if isinstance(m, DominantMatrix):
+            m.progress_(1)
     with torch.no_grad():
         for parameters in module.learnables().values():
             for p in parameters:
@@ -65,15 +79,33 @@ def fit(module: BlockModule, x: Tensor, target: Tensor, epochs: int = 15, **opti
     return trainer
 
 
+METHODS: dict[str, Callable[[QuantBlock], BlockModule]] = {
+    "OmniQuant": OmniQuant,
+    "AffineQuant": AffineQuant,
+    "AffineQuant, dense": partial(AffineQuant, online="dense"),
+    "AffineQuant, kronecker": partial(AffineQuant, online="kronecker"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_transforms_leave_the_block_as_it_was(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, x = make_block(family, torch.float64)
-    module = OmniQuant(block).double()
+def test_random_transforms_leave_the_block_as_it_was(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between queries and keys too, which are transformed where attention is quantized; without any rounding."""
+    block, x = make_block(family, torch.float64, activations=ActivationGrid(4))
+    module = METHODS[method](block).double()
     randomize_(module)
     without_rounding(monkeypatch)
+    for m in block.modules():
+        if isinstance(m, FakeQuantLinear):
+            m.inputs = None
+        elif isinstance(m, AttentionQuantizer):
+            m.enabled = False
     with torch.no_grad(), _AllDouble():
         with block.full_precision():
             reference = block(x)
+        for m in block.modules():
+            if isinstance(m, AttentionQuantizer):
+                m.enabled = False
         added = (reference - x).norm()
         assert (block(x) - reference).norm() / added < 1e-9
         norm = next(m for m in block.modules() if isinstance(m, TransformedNorm))
@@ -81,10 +113,11 @@ def test_random_transforms_leave_the_block_as_it_was(family: str, monkeypatch: p
         assert (block(x) - reference).norm() / added > 1e-2
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_block_is_the_trained_block(family: str) -> None:
+def test_packed_block_is_the_trained_block(family: str, method: str) -> None:
     block, x = make_block(family)
-    module = OmniQuant(block)
+    module = METHODS[method](block)
     randomize_(module)
     with torch.no_grad():
         trained = block(x)

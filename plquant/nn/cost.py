@@ -1,0 +1,44 @@
+"""What a packed model costs: bits per weight and multiply-adds per token, run-time operations included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from plquant.formats.checkpoint import effective_bits
+from plquant.nn.online import Online
+from plquant.nn.packed_linear import PackedLinear
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the quantized linears and of what was put beside them.
+
+    Attributes:
+        effective_bits: Per weight: codes, scales, zero-points, and the tensors of run-time operations.
+        macs: Multiply-adds of the linears for one token.
+        online_macs: Multiply-adds of the run-time operations for one token.
+        operations: Number of run-time operations; with any the model needs plquant to run.
+    """
+
+    effective_bits: float
+    macs: int
+    online_macs: int
+    operations: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Cost:
+        """That of a packed model; every expert counts as if it saw every token."""
+        packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+        ops = [op for m in model.modules() if isinstance(m, Online) for op in m]
+        offsets = [m.inputs.offset for m in packed.values() if m.inputs is not None and m.inputs.offset is not None]
+        other = sum(op.stored_bits for op in ops) + sum(8 * offset.nbytes for offset in offsets)
+        shapes = {name: (m.out_features, m.in_features) for name, m in packed.items()}
+        dtype = next(iter(packed.values())).weight_scale.dtype
+        return cls(
+            effective_bits(shapes, {name: m.grid for name, m in packed.items()}, dtype, other),
+            sum(out * width for out, width in shapes.values()),
+            sum(op.macs_per_token for op in ops),
+            len(ops),
+        )

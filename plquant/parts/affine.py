@@ -1,0 +1,98 @@
+"""AffineQuant's matrices (arXiv 2403.12544) as a part."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from plquant.blocks.quant_block import QuantBlock
+from plquant.blocks.sites import QuerySite
+from plquant.parts.base import Part
+from plquant.transforms.affine_matrix import AffineMatrix
+from plquant.transforms.gradual_mask import share_of_run
+from plquant.transforms.kronecker import KroneckerAffine
+from plquant.transforms.late_start import reset_state_
+from plquant.transforms.query_key import QueryKeySide
+from plquant.transforms.query_key_matrix import QueryKeyMatrix
+from plquant.transforms.rotary_pairs import RotaryPairs
+
+
+class Affine(Part):
+    """Learns matrices where LET learns scales: one per head between v and o, where it folds for free.
+
+    Between queries and keys, where attention quantizes them, it is a matrix per head too, or under RoPE what RoPE admits:
+    one complex number for the two channels that it turns together.
+
+    A matrix is opened band by band over the epochs, from its diagonal to the whole; it is strictly diagonally dominant
+    at every step, hence invertible.
+
+    Args:
+        block: The block to calibrate.
+        lr: Learning rate of the matrices (off-diagonals in units of their row's diagonal).
+        stability: Constant factor on the off-diagonals, the paper's alpha: their rate is so much smaller.
+        online: Matrices after the norms and before the last linear of the MLP too. They do not fold: they are computed
+            at run time and counted in the effective bits. ``kronecker`` factors each into two small ones, ``dense``
+            does not, as in the paper's weight-only results; ``null`` leaves them out.
+    """
+
+    place = "affine matrix"
+
+    def __init__(
+        self,
+        block: QuantBlock,
+        lr: float = 5e-3,
+        stability: float = 1.0,
+        online: Literal["kronecker", "dense"] | None = None,
+    ) -> None:
+        super().__init__(block)
+        self.lr = lr
+        self.transforms: list[AffineMatrix | KroneckerAffine | QueryKeyMatrix] = []
+        self.pairs: list[RotaryPairs] = []
+        for site in block.sites:
+            transform: AffineMatrix | KroneckerAffine
+            channels = block.num_channels(site)
+            if site.head_dim is not None:
+                transform = AffineMatrix(channels, channels // site.head_dim, site.channel, stability)
+            elif online is None:
+                continue
+            elif online == "kronecker":
+                transform = KroneckerAffine(len(site.channel), stability)
+            else:
+                transform = AffineMatrix(len(site.channel), stability=stability, online=True)
+            if block.linears[site.consumers[0]].reads:  # a scale is learned there already
+                for name, parameter in transform.named_parameters():
+                    parameter.requires_grad_(not name.endswith("log_scale"))
+            block.transform_(site, transform)
+            self.transforms.append(transform)
+        for query_site in block.query_sites if block.quantizes_attention else ():
+            self._between_queries_and_keys(query_site, stability)
+
+    def learnables(self) -> dict[float, list[nn.Parameter]]:
+        """The matrices."""
+        transforms = (*self.transforms, *self.pairs)
+        return {self.lr: [p for transform in transforms for p in transform.parameters() if p.requires_grad]}
+
+    def _between_queries_and_keys(self, site: QuerySite, stability: float) -> None:
+        """What RoPE leaves alone, one complex number per pair; without it a matrix per key head, as in the paper."""
+        if site.kind == "norm":
+            return  # a norm takes up scales, and those are LET's
+        shape = site.heads, site.kv_heads, site.head_dim
+        transform: QueryKeyMatrix | RotaryPairs
+        if len(site.pairs):
+            transform = RotaryPairs(*shape, site.pairs, site.free)
+            self.pairs.append(transform)
+        else:
+            transform = QueryKeyMatrix(*shape, stability)
+            self.transforms.append(transform)
+        is_scaled = any(isinstance(t, QueryKeySide) for t in self.block.linears[site.query].writes)
+        transform.log_scale.requires_grad_(not is_scaled)
+        self.block.transform_queries_(site, transform)
+
+    def advance(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
+        """Open the bands of this epoch; what is opened starts with fresh moments."""
+        assert isinstance(optimizer, torch.optim.Adam)
+        for transform in self.transforms:
+            for parameter, opened in transform.progress_(share_of_run(epoch, epochs)):
+                reset_state_(optimizer, parameter, opened)

@@ -1,0 +1,73 @@
+"""AdaDim (arXiv 2309.15531): groups along the input or along the output, chosen for each linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from plquant.blocks.quant_block import QuantBlock
+from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.parts.base import Part
+from plquant.quant.affine import QTensor
+from plquant.quant.axis import AXES, Axis, choose_axis, output_error
+
+
+class AxisChoice(Part):
+    """Chooses for each linear whether its groups run along the input or along the output channels.
+
+    Both are rounded, after all other parts are fitted, and the one with the lesser error of the linear's output is
+    kept: tr((W - Q) H (W - Q)^T), H from the inputs that the blocks quantized so far give. Groups along the output
+    keep an input channel with large activations from its neighbours.
+
+    Args:
+        block: The block to calibrate.
+        tie: One choice for all linears that read the same tensor (q, k and v; gate and up), as fused kernels want it.
+    """
+
+    place = "axis"
+
+    def __init__(self, block: QuantBlock, tie: bool = False) -> None:
+        super().__init__(block)
+        self.tie = tie
+
+    def check(self, parts: Sequence[Part]) -> None:
+        """Per-input-channel scales lie inside the sum over input channels, which integers cannot do."""
+        if self.block.grid.group_size is None:
+            raise ValueError(
+                "the axis of groups cannot be chosen with --model.weights.group_size=null: there are none; "
+                "choose 128, 64 or 32"
+            )
+        if any(linear.inputs is not None for linear in self.block.linears.values()):
+            raise ValueError(
+                "groups along the output have a scale for each input channel, inside the sum of a product of integers: "
+                "leave out --model.activations, or the choice of the axis"
+            )
+
+    def round(
+        self,
+        linears: Sequence[FakeQuantLinear],
+        hessian: Tensor,
+        rounding: Callable[[FakeQuantLinear, Tensor], QTensor],
+    ) -> list[QTensor]:
+        """Codes of linears that read the same tensor, on the better axis."""
+        candidates = [self._candidates(linear, hessian, rounding) for linear in linears]
+        errors = [
+            {axis: float(output_error(linear.transformed().dense(), q, hessian)) for axis, q in found.items()}
+            for linear, found in zip(linears, candidates, strict=True)
+        ]
+        best = [choose_axis(*errors)] * len(linears) if self.tie else [choose_axis(error) for error in errors]
+        return [found[axis] for found, axis in zip(candidates, best, strict=True)]
+
+    def _candidates(
+        self, linear: FakeQuantLinear, hessian: Tensor, rounding: Callable[[FakeQuantLinear, Tensor], QTensor]
+    ) -> dict[Axis, QTensor]:
+        found: dict[Axis, QTensor] = {}
+        own_grid, learned = linear.grid, linear.clip
+        for axis in AXES:
+            linear.grid = replace(own_grid, axis=axis)
+            linear.clip = learned if axis == own_grid.axis else None
+            found[axis] = rounding(linear, hessian)
+        linear.grid, linear.clip = own_grid, learned
+        return found

@@ -1,0 +1,71 @@
+"""The last part of any method: to nearest with searched clipping, and GPTQ (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from plquant.blocks.quant_block import QuantBlock
+from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.parts.base import Rounding
+from plquant.quant.affine import QTensor
+from plquant.quant.clip_search import mse_clip
+from plquant.quant.clipping import FixedClipping
+from plquant.quant.gptq import gptq_round
+
+
+class GPTQRounding(Rounding):
+    """Rounds one input channel after the other and lets those that follow make up for the error of the output.
+
+    Clipping that was learned stays as it is: this only chooses codes.
+
+    Args:
+        block: The block to calibrate.
+        clip: Clip each group where the error of its rounding is least, unless clipping was learned.
+        damp: Added to the diagonal of the Hessian, as a share of its mean.
+        act_order: Take the input channels in the order of falling activation energy.
+    """
+
+    wants_hessian = True
+
+    def __init__(self, block: QuantBlock, clip: bool = True, damp: float = 0.01, act_order: bool = True) -> None:
+        super().__init__(block)
+        if not 0 <= damp < 1:
+            raise ValueError(f"damp={damp} is not a share of the Hessian's mean diagonal; choose one from 0 to 1")
+        self.clip, self.damp, self.act_order = clip, damp, act_order
+
+    def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
+        """Codes of least error on the inputs that gave the Hessian."""
+        assert hessian is not None
+        unlearned: Literal["mse"] | None = "mse" if self.clip else None
+        clip = unlearned if linear.clip is None else linear.clip()
+        return gptq_round(
+            linear.transformed().dense(), hessian, linear.grid, clip, linear.weight.dtype, self.damp, self.act_order
+        )
+
+
+class Nearest(Rounding):
+    """Rounds to the nearest code.
+
+    Args:
+        block: The block to calibrate.
+        clip: Clip each group where the error of its rounding is least, unless clipping was learned; input channels
+            count by their energy.
+    """
+
+    def __init__(self, block: QuantBlock, clip: bool = True) -> None:
+        super().__init__(block)
+        self.clip = self.wants_hessian = clip
+
+    def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
+        """Codes of the nearest grid points."""
+        if not self.clip or linear.clip is not None:
+            return linear.quantize()
+        assert hessian is not None
+        dense = linear.transformed().dense()
+        linear.clip = FixedClipping(*mse_clip(dense, linear.grid, linear.weight.dtype, hessian.diagonal()))
+        try:
+            return linear.quantize()
+        finally:
+            linear.clip = None  # it belongs to this grid

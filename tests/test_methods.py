@@ -1,0 +1,150 @@
+"""Every method from the checkpoint to the folder and back: what was evaluated is what is saved, loaded and run."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import plquant as pq
+from plquant import ActivationGrid
+from plquant.parts.affine import Affine
+from plquant.parts.axis import AxisChoice
+from plquant.parts.clipping import LWC
+from plquant.parts.low_rank import LowRank
+from plquant.parts.reassembly import Reassembly
+from plquant.parts.rounding import GPTQRounding
+from plquant.parts.scale_shift import LET
+from plquant.report import Report
+from tests.families import tiny_model
+
+IDS = torch.arange(3, 43)[None]
+A4 = ActivationGrid(4)
+Make = Callable[..., Any]
+
+WEIGHT_ONLY: dict[str, Make] = {
+    "RTN": pq.methods.RTN,
+    "GPTQ": pq.methods.GPTQ,
+    "OmniQuant": pq.methods.OmniQuant,
+    "AffineQuant": pq.methods.AffineQuant,
+    "AdaDim on RTN": partial(pq.methods.AdaDim, rounding="nearest"),
+    "AdaDim": partial(pq.methods.AdaDim, tie=True),
+    "OmniQuant, axis, GPTQ": partial(pq.methods.Composed, parts=[LET, LWC, AxisChoice, GPTQRounding]),
+    "low rank, LWC": partial(pq.methods.Composed, parts=[LowRank, LWC]),
+}
+ONLINE: dict[str, Make] = {
+    "AffineQuant dense": partial(pq.methods.AffineQuant, online="dense"),
+    "AffineQuant kronecker": partial(pq.methods.AffineQuant, online="kronecker"),
+}
+QUANTIZED_ACTIVATIONS: dict[str, Make] = {
+    "RTN": pq.methods.RTN,
+    "GPTQ": pq.methods.GPTQ,
+    "OmniQuant": partial(pq.methods.OmniQuant, alpha="search"),
+    "AffineQuant": pq.methods.AffineQuant,
+    "QLLM": pq.methods.QLLM,
+    "QLLM merging": partial(pq.methods.QLLM, removal="merge", compensate=False),
+    "everything": partial(
+        pq.methods.Composed, parts=[LET, partial(Affine, online="kronecker"), Reassembly, LowRank, LWC, GPTQRounding]
+    ),
+}
+
+
+def calibrate(checkpoint: Path, out: Path, method: Make, **model_options: Any) -> tuple[Report, Tensor]:
+    """The report, and the logits of the model in memory."""
+    model = pq.QuantizedLM(str(checkpoint), method, pq.IntGrid(3, 16), **model_options)
+    data = pq.data.BuiltinText(num_samples=6, seq_len=48, eval_seq_len=64, eval_windows=2)
+    trainer = pq.BlockwiseTrainer(max_epochs=2, accelerator="cpu", enable_progress_bar=False)
+    report = trainer.calibrate(model, data, output_dir=str(out), evaluate=False)
+    with torch.no_grad():
+        return report, model.lm(IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_weight_only_methods_open_everywhere(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    report, logits = calibrate(checkpoint, tmp_path / "out", WEIGHT_ONLY[name])
+    with torch.no_grad():
+        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, logits)
+    assert report.cost is not None and not report.cost.operations
+    assert report.cost.effective_bits == pytest.approx(3 + (16 + 3) / 16, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_matrices_that_do_not_fold_run_and_are_counted(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    report, logits = calibrate(checkpoint, tmp_path / "out", ONLINE[name])
+    with torch.no_grad():
+        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+    with pytest.raises(ValueError, match="needs plquant"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert report.cost is not None and report.cost.operations == 3 * 3 and report.cost.online_macs > 0
+    assert report.cost.effective_bits > 3 + (16 + 3) / 16
+
+
+@pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
+def test_methods_with_quantized_activations(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    _, logits = calibrate(checkpoint, tmp_path / "out", QUANTIZED_ACTIVATIONS[name], activations=A4)
+    loaded = pq.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, logits)
+    plain, _ = calibrate(checkpoint, tmp_path / "plain", pq.methods.RTN)
+    with torch.no_grad():
+        assert not torch.equal(pq.load(tmp_path / "plain")(IDS).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "reason"),
+    [
+        ([LWC, LET], {}, "not in the legal order"),
+        ([LWC, LWC], {}, "two parts in one place"),
+        ([Reassembly], {}, "for the sake of quantized activations"),
+        ([AxisChoice], {"activations": A4}, "leave out --model.activations"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run(
+    parts: list[Any], options: dict[str, Any], reason: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        calibrate(checkpoint, tmp_path / "out", partial(pq.methods.Composed, parts=parts), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_fitted_together(checkpoint: Path, tmp_path: Path) -> None:
+    """Three blocks in runs of two: the last run is shorter, and no block is left unquantized."""
+    report, logits = calibrate(checkpoint, tmp_path / "out", pq.methods.QLLM, activations=A4, blocks_per_fit=2)
+    assert [block.name for block in report.blocks] == ["model.layers.0-1", "model.layers.2"]
+    assert sum(report.axes.values()) == 21 and report.unquantized == ["lm_head"]
+    with torch.no_grad():
+        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "phi3", "gemma3", "qwen3", "opt"])
+def test_other_architectures(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Experts, fused projections, norms of queries and keys, biases: all parts at once, saved, loaded and run."""
+    lm = tiny_model(family, vocab_size=258, max_position_embeddings=256)
+    lm.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    _, logits = calibrate(tmp_path / "model", tmp_path / "out", QUANTIZED_ACTIVATIONS["everything"], activations=A4)
+    with torch.no_grad():
+        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+
+
+def test_experts_without_tokens_are_rounded_to_nearest_and_named(checkpoint: Path, tmp_path: Path) -> None:
+    lm = tiny_model("mixtral", vocab_size=258, max_position_embeddings=256)
+    with torch.no_grad():  # all tokens choose the first experts
+        for name, parameter in lm.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.zero_()
+    lm.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    method = partial(pq.methods.Composed, parts=[LET, LowRank, LWC])
+    report, logits = calibrate(tmp_path / "model", tmp_path / "out", method)
+    unseen = {name for block in report.blocks for name in block.unseen}
+    assert unseen and all("experts" in name for name in unseen)
+    assert any("no calibration token was sent to them" in line for line in report.summary())
+    assert any("gate" in name for name in report.unquantized)
+    with torch.no_grad():
+        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
