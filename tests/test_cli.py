@@ -211,7 +211,7 @@ def test_part_of_the_text_is_no_perplexity(checkpoint: Path, tmp_path: Path) -> 
 def test_options_of_a_default_do_not_reach_the_class_chosen_instead(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """BuiltinText's number of samples is no option of a file of ids, nor OmniQuant's learning rate of another method."""
+    """BuiltinText's number of samples is no option of a file of ids."""
     ids = tmp_path / "ids.safetensors"
     save_file({"calibration_ids": torch.ones(3, 16).int(), "evaluation_ids": torch.ones(2, 16).int()}, ids)
     command = ["calibrate", "--model.checkpoint", str(checkpoint), "--print_config"]

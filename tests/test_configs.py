@@ -28,12 +28,32 @@ def test_values_of_the_file_are_used(path: Path, checkpoint: Path, monkeypatch: 
     assert all(seen["data"].hparams[key] == value for key, value in config["data"]["init_args"].items())
     assert type(seen["data"]).__name__ == config["data"]["class_path"]
     assert seen["trainer"].max_epochs == config["trainer"]["max_epochs"]
-    method = seen["model"].method(QuantBlock({"0": nn.Linear(8, 8)}, pq.IntGrid(4, 8)))
+    model = config["model"]
+    for key, value in (model.get("activations") or {}).items():
+        assert getattr(seen["model"].activations, key) == value
+    assert seen["model"].blocks_per_fit == model.get("blocks_per_fit", 1)
+    block = QuantBlock({"0": nn.Linear(8, 8)}, pq.IntGrid(4, 8), activations=seen["model"].activations)
+    method = seen["model"].method(block)
     assert type(method).__name__ == config["model"]["method"]["class_path"]
-    assert all(method.hparams[k] == v for k, v in config["model"]["method"].get("init_args", {}).items())
+    options = config["model"]["method"].get("init_args", {})
+    if "parts" in options:
+        for part, given in zip(method.parts, options.pop("parts"), strict=True):
+            assert type(part).__name__ == given["class_path"]
+            assert all(part.options[k] == v for k, v in given.get("init_args", {}).items())
+    assert all(method.hparams[k] == v for k, v in options.items())
     assert seen["output_dir"] == config["output_dir"]
 
 
-def test_there_is_a_config_for_each_width_and_group_size() -> None:
+def test_there_is_a_config_for_each_published_setting() -> None:
     names = {path.stem for path in CONFIGS}
-    assert {f"omniquant_w{b}a16{g}" for b in (2, 3, 4) for g in ("", "g64", "g128")} <= names
+    widths = [f"w{bits}a16{group}" for bits in (2, 3, 4) for group in ("", "g64", "g128")]
+    assert {f"{method}_{width}" for method in ("omniquant", "affinequant") for width in widths} <= names
+    assert {"omniquant_w4a4", "omniquant_w6a6", "affinequant_w4a4", "qllm_w4a4", "qllm_w4a8", "qllm_w6a6"} <= names
+    assert {f"adadim_{rounding}_w{bits}a16g128" for rounding in ("rtn", "gptq") for bits in (3, 4)} <= names
+
+
+def test_the_model_a_config_names_has_widths_that_its_group_size_divides() -> None:
+    """SmolLM2-135M is 576 wide, which 128 does not divide."""
+    for path in CONFIGS:
+        model = yaml.safe_load(path.read_text())["model"]
+        assert ("SmolLM2-135M" in model["checkpoint"]) == (model["weights"]["group_size"] != 128)

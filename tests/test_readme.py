@@ -44,8 +44,9 @@ def _quick(trainer: Any) -> Any:
 
 
 def test_every_flag_it_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["calibrate", "--help"])
+    for flag in ("--help", "--model.activations.help"):
+        with pytest.raises(SystemExit):
+            main(["calibrate", flag])
     known = capsys.readouterr().out
     flags = set(re.findall(r"--(?:model|trainer)\.[a-z_.]*[a-z]", README)) - {
         "--model.method.help",

@@ -42,6 +42,11 @@ def prepare_blocks(
         if key not in proven:
             proven[key] = find_places(layer, hidden, call)
         places.append(proven[key].inside(str(number)))
+    if activations is not None and activations.in_attention and not any(place.attentions for place in places):
+        raise ValueError(
+            f"{type(lm).__name__} does not call transformers' attention interface, in which queries, keys and values "
+            "would be quantized; use --model.activations=null"
+        )
     calls = capture_calls(lm, layers, ids[:1])
     runs = [range(len(layers))[start : start + blocks_per_fit] for start in range(0, len(layers), blocks_per_fit)]
     return [

@@ -22,8 +22,8 @@ from plquant.transforms.rotary_pairs import RotaryPairs
 class Affine(Part):
     """Learns matrices where LET learns scales: one per head between v and o, where it folds for free.
 
-    Between queries and keys, where attention quantizes them, it is a matrix per head too, or under RoPE what RoPE admits:
-    one complex number for the two channels that it turns together.
+    Between queries and keys, where attention quantizes them, it is a matrix per head too, or under RoPE what RoPE
+    admits: one complex number for the two channels that it turns together.
 
     A matrix is opened band by band over the epochs, from its diagonal to the whole; it is strictly diagonally dominant
     at every step, hence invertible.

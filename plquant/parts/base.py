@@ -80,7 +80,7 @@ class Part:
 
 
 class Rounding(Part):
-    """The last part: codes of a linear whose other parts are fitted. This one rounds to nearest, over the full range."""
+    """The last part: codes of a linear whose other parts are fitted. This one rounds to nearest."""
 
     place = "rounding"
     wants_hessian: bool = False

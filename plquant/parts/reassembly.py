@@ -28,10 +28,10 @@ TOKENS_A_CHANNEL = 6  # fewer, and a closed-form fit of the weights learns them 
 
 
 class Reassembly(Part):
-    """Splits channels with outliers into copies of a fraction, and does without as many others, at every norm's output
-    and before the last linear of the MLP. How many is searched for each place; none is a candidate too.
+    """Splits channels with outliers into copies of a fraction, and does without as many others.
 
-    What is left at run time is to gather channels; a checkpoint with it needs plquant to run.
+    At every norm's output and before the last linear of the MLP; how many is searched for each place, and none is a
+    candidate too. What is left at run time is to gather channels; a checkpoint with that needs plquant to run.
 
     Args:
         block: The block to calibrate.
