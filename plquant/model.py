@@ -110,7 +110,7 @@ class QuantizedLM(L.LightningModule):
         }
         return shapes, sum(parameter.numel() for parameter in skeleton.parameters())
 
-    def save_rest(self, folder: RunFolder, blocks: Sequence[QuantBlock]) -> tuple[int, list[str]]:
+    def save_rest(self, folder: RunFolder, blocks: Sequence[QuantBlock]) -> tuple[int, dict[str, Any]]:
         """Write all but the blocks: other tensors, config, tokenizer.
 
         Args:
@@ -118,20 +118,20 @@ class QuantizedLM(L.LightningModule):
             blocks: The packed blocks.
 
         Returns:
-            Bytes of all files of tensors; names of the linears that were not quantized.
+            Bytes of all files of tensors; the ``quantization_config`` that was written.
         """
         from plquant.packed_model import stored_config
 
         config = copy.deepcopy(self.lm.config)
         config.architectures = [type(self.lm).__name__]
-        config.quantization_config = stored_config(self.lm, self.activations)
+        stored = config.quantization_config = stored_config(self.lm, self.activations)
         config.save_pretrained(folder.path)
         self.lm.generation_config.save_pretrained(folder.path)
         self.tokenizer.save_pretrained(folder.path)
         inside = set(name for block in blocks for name in block.tensors())
         tied = self.lm.all_tied_weights_keys  # stored once, under the name they are tied to
         rest = {k: t for k, t in self.lm.state_dict().items() if k not in inside and k not in tied}
-        return folder.write_rest(rest), config.quantization_config["ignore"]
+        return folder.write_rest(rest), stored
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> logits [B, T, V]."""

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from plquant.architectures.moe import unfuse_experts_
+from plquant.architectures.moe import Experts, unfuse_experts_
 from plquant.formats.checkpoint import packed_linears, tensor_names
 from plquant.formats.quantization_config import (
     activations_of,
@@ -86,7 +86,12 @@ def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> d
     structure = PackedStructure.of(lm, activations)
     unquantized = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear)]
     return quantization_config(
-        structure.grids, unquantized, structure.activations, structure.attention, structure.online
+        structure.grids,
+        unquantized,
+        structure.activations,
+        structure.attention,
+        structure.online,
+        rewritten=any(isinstance(module, Experts) for module in lm.modules()),
     )
 
 

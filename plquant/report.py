@@ -82,6 +82,7 @@ class Report:
         cost: Effective bits and multiply-adds of the quantized linears.
         axes: Number of linears by the axis of their groups.
         num_blocks: Decoder blocks of the model.
+        opens_in_stock: Stock transformers opens the result: it has no operations at run time, no rewritten modules.
         unquantized: Linears that keep their floating-point weight.
         seconds: Wall time of the run.
     """
@@ -97,6 +98,7 @@ class Report:
     cost: Cost | None = None
     axes: dict[str, int] = field(default_factory=dict)
     num_blocks: int = 0
+    opens_in_stock: bool = True
     unquantized: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -158,6 +160,8 @@ class Report:
                 lines.append(f"run-time operations: {self.cost.operations}, {share:.2%} of the multiply-adds")
         if unseen := [name for block in self.blocks for name in block.unseen]:
             lines.append(f"rounded to nearest, since no calibration token was sent to them: {', '.join(unseen)}")
+        if not self.opens_in_stock:
+            lines.append("to be opened with plquant.load; other loaders refuse it")
         lines.append(f"not quantized: {', '.join(self.unquantized) or 'none'}")
         if self.blocks:
             worst = max(self.blocks, key=lambda block: block.squared_error)
@@ -226,11 +230,7 @@ class Report:
                 f"tokens, text sha256 `{protocol['text_sha256'][:16]}`.\n"
             )
         summary = "\n".join(f"- {line}" for line in self.summary())
-        opens = (
-            "It has operations that run with the model; `plquant.load(folder)` opens it, other loaders refuse."
-            if self.cost is not None and self.cost.operations
-            else STOCK
-        )
+        opens = STOCK if self.opens_in_stock else "`plquant.load(folder)` opens it, and other loaders refuse."
         return f"""---
 base_model: {self.checkpoint}
 tags: [plquant, compressed-tensors, quantized]

@@ -31,6 +31,7 @@ from plquant.callbacks import BlockProgress
 from plquant.data.base import TextData
 from plquant.files import write_json
 from plquant.formats.checkpoint import predicted_bytes
+from plquant.formats.quantization_config import FORMAT
 from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
 from plquant.nn.packed_structure import PackedStructure
@@ -139,8 +140,9 @@ class BlockwiseTrainer(L.Trainer):
             print(record.line(len(blocks)), flush=True)
         del x_fp, x_q
 
-        report.bytes_after, report.unquantized = model.save_rest(folder, blocks)
-        report.unquantized += [f"{block.parent}.{name}" for block in blocks for name in block.kept]
+        report.bytes_after, stored = model.save_rest(folder, blocks)
+        report.opens_in_stock = stored["format"] == FORMAT
+        report.unquantized = stored["ignore"] + [f"{block.parent}.{name}" for block in blocks for name in block.kept]
         report.cost, report.num_blocks = Cost.of(model.lm), sum(len(block.layers) for block in blocks)
         report.axes = dict(Counter(grid.axis for block in blocks for grid in block.structure().grids.values()))
         if evaluate:

@@ -121,10 +121,10 @@ def test_blocks_fitted_together(checkpoint: Path, tmp_path: Path) -> None:
         assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "phi3", "gemma3", "qwen3", "opt"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "phi3", "gemma3", "qwen3", "opt", "stablelm"])
 def test_other_architectures(family: str, checkpoint: Path, tmp_path: Path) -> None:
     """Experts, fused projections, norms of queries and keys, biases: all parts at once, saved, loaded and run."""
-    lm = tiny_model(family, vocab_size=258, max_position_embeddings=256)
+    lm = tiny_model(family, fused=True, vocab_size=258, max_position_embeddings=256)
     lm.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
     _, logits = calibrate(tmp_path / "model", tmp_path / "out", QUANTIZED_ACTIVATIONS["everything"], activations=A4)
@@ -132,8 +132,20 @@ def test_other_architectures(family: str, checkpoint: Path, tmp_path: Path) -> N
         assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
 
 
+def test_stock_refuses_experts_it_would_fill_with_random_numbers(checkpoint: Path, tmp_path: Path) -> None:
+    lm = tiny_model("mixtral", fused=True, vocab_size=258, max_position_embeddings=256)
+    lm.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    report, logits = calibrate(tmp_path / "model", tmp_path / "out", pq.methods.RTN)
+    with torch.no_grad():
+        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+    with pytest.raises(ValueError, match="needs plquant"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not report.opens_in_stock and "other loaders refuse" in report.card()
+
+
 def test_experts_without_tokens_are_rounded_to_nearest_and_named(checkpoint: Path, tmp_path: Path) -> None:
-    lm = tiny_model("mixtral", vocab_size=258, max_position_embeddings=256)
+    lm = tiny_model("mixtral", fused=True, vocab_size=258, max_position_embeddings=256)
     with torch.no_grad():  # all tokens choose the first experts
         for name, parameter in lm.named_parameters():
             if name.endswith("gate.weight"):

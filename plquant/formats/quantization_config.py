@@ -35,6 +35,7 @@ def quantization_config(
     activations: ActivationGrid | None = None,
     attention: Collection[str] = (),
     online: Mapping[str, Any] | None = None,
+    rewritten: bool = False,
 ) -> dict[str, Any]:
     """The entry for a quantized model.
 
@@ -44,6 +45,8 @@ def quantization_config(
         activations: Grid of the activations.
         attention: Names of the attention modules that are quantized inside.
         online: Name of every module with run-time operations -> what they are, as JSON.
+        rewritten: The model's modules are not those of transformers (experts, which it stores fused). It would look for
+            other tensors than there are, and go on with random ones.
     """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
@@ -66,6 +69,7 @@ def quantization_config(
         entry |= {"activations": asdict(activations), "attention": list(attention)}
     if online:
         entry["online"] = dict(online)
+    if online or rewritten:
         for part in (config, *config["config_groups"].values()):
             part["format"] = FORMAT_WITH_OPERATIONS
     return config | ({ENTRY: entry} if entry else {})
