@@ -47,9 +47,8 @@ QUANTIZED_ACTIVATIONS: dict[str, Make] = {
     "AffineQuant": pq.methods.AffineQuant,
     "QLLM": pq.methods.QLLM,
     "QLLM merging": partial(pq.methods.QLLM, removal="merge", compensate=False),
-    "everything": partial(
-        pq.methods.Composed, parts=[LET, partial(Affine, online="kronecker"), Reassembly, LowRank, LWC, GPTQRounding]
-    ),
+    "everything": partial(pq.methods.Composed, parts=[LET, Affine, Reassembly, LowRank, LWC, GPTQRounding]),
+    "matrices, GPTQ": partial(pq.methods.Composed, parts=[LET, partial(Affine, online="kronecker"), LWC, GPTQRounding]),
 }
 
 
@@ -102,6 +101,7 @@ def test_methods_with_quantized_activations(name: str, checkpoint: Path, tmp_pat
         ([LWC, LWC], {}, "two parts in one place"),
         ([Reassembly], {}, "for the sake of quantized activations"),
         ([AxisChoice], {"activations": A4}, "leave out --model.activations"),
+        ([partial(Affine, online="dense"), Reassembly], {"activations": A4}, "leave out one of the two"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(

@@ -15,6 +15,7 @@ from plquant.blocks.sites import Site
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.fixed_delta import FixedDelta
+from plquant.parts.affine import Affine
 from plquant.parts.base import Fitting, Part
 from plquant.quant.observers import ChannelAbsMax, Hessian
 from plquant.transforms.channel_removal import drop_order, merge_order
@@ -54,7 +55,12 @@ class Reassembly(Part):
             self.transforms.append(transform)
 
     def check(self, parts: Sequence[Part]) -> None:
-        """With 16-bit activations there are no outliers to make room for."""
+        """With 16-bit activations, or after a matrix over all channels, there are no outliers to make room for."""
+        if any(isinstance(part, Affine) and part.options["online"] is not None for part in parts):
+            raise ValueError(
+                "an online matrix spreads outliers over all channels, and reassembly would take some of these away; "
+                "leave out one of the two, or set the matrix's online=null"
+            )
         if any(linear.inputs is None for linear in self.block.linears.values()):
             raise ValueError(
                 "channels are reassembled for the sake of quantized activations: with 16-bit ones copies carry the "
