@@ -31,7 +31,18 @@ REGIMES: dict[str, list[str]] = {
     "W4A4": ["--model.weights.bits=4", "--model.weights.group_size=null", "--model.activations.bits=4"],
     "W6A6": ["--model.weights.bits=6", "--model.weights.group_size=null", "--model.activations.bits=6"],
 }
-CONFIGS = Path(__file__).parent.parent / "configs"
+COMPOSED: dict[str, dict[str, str]] = {
+    "weights": {
+        "OmniQuant + GPTQ": "LET, LWC, GPTQRounding",
+        "OmniQuant + AdaDim": "LET, LWC, AxisChoice, GPTQRounding",
+    },
+    "activations": {
+        "OmniQuant + GPTQ": "LET, LWC, GPTQRounding",
+        "OmniQuant + QLLM": "LET, Reassembly, LowRank, LWC, GPTQRounding",
+        "AffineQuant + QLLM": "LET, Affine, Reassembly, LowRank, LWC, GPTQRounding",
+        "AffineQuant online": "LET, {class_path: Affine, init_args: {online: kronecker}}, LWC, GPTQRounding",
+    },
+}
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
 COLUMNS = ("regime", "method", "bits", "perplexity", "seconds a block", "peak GiB", "minutes")
 
@@ -50,9 +61,8 @@ def recipes(regime: str) -> dict[str, list[str]]:
         rows["AdaDim GPTQ"] = ["--model.method=AdaDim", "--model.method.rounding=gptq"]
     else:
         rows["QLLM"] = ["--model.method=QLLM", "--model.blocks_per_fit=4"]
-    kind = "weight" if weight_only else "activation"
-    for path in sorted(CONFIGS.glob(f"composed_{kind}_*.yaml")):
-        rows[path.stem.removeprefix(f"composed_{kind}_").replace("_", " + ")] = [f"--config={path}"]
+    for name, parts in COMPOSED["weights" if weight_only else "activations"].items():
+        rows[name] = ["--model.method=Composed", f"--model.method.parts=[{parts}]"]
     return rows
 
 
@@ -63,15 +73,12 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
     if result.exists():
         return json.loads(result.read_text())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    data = [f"--data=TokenIds --data.file={options.ids}"] if options.ids else ["--data=BuiltinText"]
-    data = " ".join(data).split()
+    data = ["--data=TokenIds", f"--data.file={options.ids}"] if options.ids else ["--data=BuiltinText"]
     model, started = [f"--model.checkpoint={options.model}"], time.monotonic()
     with open(log, "a") as file:
         if not (folder / "report.json").exists():
             recipe = recipes(regime)[method]
-            config = [option for option in recipe if option.startswith("--config")]
-            rest = [option for option in recipe if not option.startswith("--config")]
-            command = [*config, *model, *rest, *REGIMES[regime], *data, f"--output_dir={folder}", "--evaluate=false"]
+            command = [*model, *recipe, *REGIMES[regime], *data, f"--output_dir={folder}", "--evaluate=false"]
             epochs = [f"--trainer.max_epochs={options.epochs}", "--trainer.enable_progress_bar=false"]
             subprocess.run(
                 [sys.executable, "-m", "plquant", "calibrate", *command, *epochs], check=True, stdout=file, stderr=file
