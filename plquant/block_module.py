@@ -108,6 +108,11 @@ class BlockModule(L.LightningModule):
         self._best_loss = float("inf")
         self._best_state: list[Tensor] = []
 
+    @property
+    def title(self) -> str:
+        """Name of the method, for people."""
+        return type(self).__name__
+
     def learnables(self) -> dict[float, list[nn.Parameter]]:
         """Learning rate -> parameters; empty for a method with nothing to learn."""
         groups: dict[float, list[nn.Parameter]] = {}
@@ -120,7 +125,8 @@ class BlockModule(L.LightningModule):
         """Let every part start from the data; the process group is up, the optimizer not yet made."""
         if not self._started:
             self._started = True
-            with torch.no_grad():
+            # Lightning lets new tensors be made on the accelerator here; plans and searches are for the CPU.
+            with torch.no_grad(), torch.device("cpu"):
                 if self.block.has_experts:
                     self.unseen = [name for name, x in self.observe(ChannelAbsMax).items() if not x.any()]
                 for part in self.parts:
@@ -167,12 +173,15 @@ class BlockModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Where it starts from, should no epoch be any good (a NaN is not)."""
+        """Where it starts from, should no epoch be better (a NaN is not)."""
+        self._best_loss = self.error() / self.error_before
         self._best_state = [parameter.detach().clone() for parameter in self._trained()]
 
     def on_train_epoch_end(self) -> None:
         """Remember the parameters if this was the best epoch so far."""
         self.log("block", float(self.block.index))
+        for part in self.parts:
+            self.log_dict(part.figures())
         loss = float(self._epoch_loss.compute())
         if loss < self._best_loss:
             self._best_loss = loss
@@ -199,7 +208,7 @@ class BlockModule(L.LightningModule):
             with exact:
                 self.block.pack_(lambda linear: rounding.round(linear, None))
             return
-        for names in self.block.stages(next(self.activations.inputs())[:1].to(self.block.device)):
+        for names in self.block.stages(self.activations.inputs()):
             hessian = self.observe_quantized(Hessian, names[0])
             linears = [self.block.linears[name] for name in names]
             with exact:
@@ -265,13 +274,14 @@ class BlockModule(L.LightningModule):
         return metric.compute()
 
     @torch.no_grad()
-    def error(self, tokens: int) -> float:
-        """Error of the block as it is now, over about so many tokens; see ``token_error``."""
+    def error(self, tokens: int | None = None) -> float:
+        """Error of the block as it is now against its target(s), over about so many tokens or all; ``token_error``."""
         errors, seen = [], 0
-        for x, target, *_ in self.activations.at_once():
-            errors.append(token_error(self.block(x.to(self.block.device)), target.to(self.block.device)) * len(x))
+        for x, *targets in self.activations.at_once():
+            output = self.block(x.to(self.block.device))
+            errors += [token_error(output, target.to(output.device)) * len(x) for target in targets]
             seen += len(x)
-            if seen * x.shape[1] >= tokens:
+            if tokens is not None and seen * x.shape[1] >= tokens:
                 break
         return float(torch.stack(errors).sum()) / seen
 

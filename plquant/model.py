@@ -52,6 +52,11 @@ class QuantizedLM(L.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if weights.axis == "out" and activations is not None and activations.bits is not None:
+            raise ValueError(
+                "--model.weights.axis=out gives each input channel scales of its own, inside the sum of a product of "
+                f"integers: it does not go with --model.activations.bits={activations.bits}; use axis=in or bits=null"
+            )
         if blocks_per_fit < 1:
             raise ValueError(f"--model.blocks_per_fit={blocks_per_fit} fits nothing; choose 1 or more blocks")
         self.checkpoint, self.method, self.weights, self.activations = checkpoint, method, weights, activations

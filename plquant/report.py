@@ -30,7 +30,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 compressed-tensors 0.18 and later fail to load asymmetric group and channel grids on the meta device unless
 `quantization_config=CompressedTensorsConfig(dequantize=True)` is passed. `plquant.load(folder)` keeps the weights
-packed in memory, and quantizes activations as in the run where they were quantized."""
+packed in memory. Where the run quantized activations it does so as the run did; stock transformers leaves queries, keys
+and values in floating point, so that its figures are not those above."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class BlockRecord:
         squared_error_rest: The same without the token that has the most of it.
         seconds: Wall time.
         unseen: Linears of experts that no calibration token was sent to: rounded to nearest.
+        notes: What the parts of the method have to say.
     """
 
     block: int
@@ -56,6 +58,7 @@ class BlockRecord:
     squared_error_rest: float
     seconds: float
     unseen: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def line(self, num_blocks: int) -> str:
         """For the terminal."""
@@ -160,8 +163,11 @@ class Report:
                 lines.append(f"run-time operations: {self.cost.operations}, {share:.2%} of the multiply-adds")
         if unseen := [name for block in self.blocks for name in block.unseen]:
             lines.append(f"rounded to nearest, since no calibration token was sent to them: {', '.join(unseen)}")
+        lines += dict.fromkeys(note for block in self.blocks for note in block.notes)
         if not self.opens_in_stock:
             lines.append("to be opened with plquant.load; other loaders refuse it")
+        elif self.activations is not None:
+            lines.append("to be opened with plquant.load; stock transformers leaves attention in floating point")
         lines.append(f"not quantized: {', '.join(self.unquantized) or 'none'}")
         if self.blocks:
             worst = max(self.blocks, key=lambda block: block.squared_error)

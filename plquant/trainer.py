@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ HINTS = (
     ".*in eval mode at the start.*",
     ".*have no `val_dataloader`.*",
     ".*isinstance.treespec, LeafSpec.*",
+    ".*was called before the ``update`` method.*",  # of an expert that no token was sent to
 )
 PRECISIONS = ("bf16-mixed", "32-true")
 
@@ -118,7 +119,7 @@ class BlockwiseTrainer(L.Trainer):
         if one_step:
             ids = ids[: datamodule.batch_size]
         folder.create(self.run_config)
-        report = Report(model.checkpoint, type(self._probe(model, grid)).__name__, grid, model.activations)
+        report = Report(model.checkpoint, self._probe(model, grid).title, grid, model.activations)
         report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
         blocks = prepare_blocks(model.lm, grid, ids, model.activations, model.blocks_per_fit)
         if evaluate:
@@ -166,6 +167,7 @@ class BlockwiseTrainer(L.Trainer):
                 block.map_(x_fp, at_once(x_fp))
             before = self._error(block, x_q, x_fp)
         module = model.method(block)
+        module.to(self.strategy.root_device)  # what its parts have made
         module.error_before, module.progress = max(before, 1e-12), progress
         tensors = [x_q, x_fp]
         if module.aug_loss:
@@ -180,7 +182,9 @@ class BlockwiseTrainer(L.Trainer):
         after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
         squares = squared_error(x_q, x_fp)
         unseen = [f"{block.parent}.{name}" for name in module.unseen]
-        return BlockRecord(block.index, block.name, before, after, *squares, time.monotonic() - started, unseen)
+        notes = [note for part in module.parts for note in part.notes]
+        seconds = time.monotonic() - started
+        return BlockRecord(block.index, block.name, before, after, *squares, seconds, unseen, notes)
 
     def _fit(self, module: BlockModule, activations: Activations) -> None:
         """Train a block's parameters, or, where there are none, only let it take its statistics."""
@@ -261,11 +265,13 @@ class BlockwiseTrainer(L.Trainer):
         shapes, total = model.linear_shapes()
         grid = model.weights.resolve(shapes)
         probe = self._probe(model, grid)
+        for axis in {axis for part in probe.parts for axis in part.axes}:
+            replace(grid, axis=axis).resolve(shapes)
         folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))
         rest = total - sum(o * i for o, i in shapes.values())
         size = predicted_bytes(shapes, dict.fromkeys(shapes, grid), rest, model.load_dtype)
         done = folder.check(size)
-        title = Report(model.checkpoint, type(probe).__name__, grid, model.activations).title
+        title = Report(model.checkpoint, probe.title, grid, model.activations).title
         auto = " (group_size: auto)" if model.weights.group_size == "auto" else ""
         print(
             f"{title}{auto}: {len(shapes)} linear layers of {model.checkpoint} -> {output_dir}, {size / 2**20:.1f} MiB"

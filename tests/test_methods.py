@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plquant as pq
 from plquant import ActivationGrid
+from plquant.nn.attention import AttentionQuantizer
+from plquant.nn.packed_linear import PackedLinear
 from plquant.parts.affine import Affine
 from plquant.parts.axis import AxisChoice
 from plquant.parts.clipping import LWC
@@ -89,9 +91,11 @@ def test_methods_with_quantized_activations(name: str, checkpoint: Path, tmp_pat
     loaded = pq.load(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, logits)
-    plain, _ = calibrate(checkpoint, tmp_path / "plain", pq.methods.RTN)
-    with torch.no_grad():
-        assert not torch.equal(pq.load(tmp_path / "plain")(IDS).logits, logits)
+        for module in loaded.modules():  # negative control: attention alone is left in floating point
+            if isinstance(module, AttentionQuantizer):
+                module.enabled = False
+        assert not torch.equal(loaded(IDS).logits, logits)
+    assert all(m.inputs is not None for m in loaded.modules() if isinstance(m, PackedLinear))
 
 
 @pytest.mark.parametrize(

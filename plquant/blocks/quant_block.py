@@ -184,11 +184,24 @@ class QuantBlock(nn.Module):
             into.copy_(output)
 
     @torch.no_grad()
-    def stages(self, x: Tensor) -> list[list[str]]:
-        """Names of the linears in the order they run on ``x`` [B, T, H], those that read the same tensor together.
+    def stages(self, inputs: Iterable[Tensor]) -> list[list[str]]:
+        """Names of the linears in the order they run, those that read the same tensor together.
 
         Those that do not run (an expert that no token is sent to) come last, each alone.
+
+        Args:
+            inputs: Batches [B, T, H]; one is enough unless experts are left out, then the one that most run on counts.
         """
+        best: list[list[str]] = []
+        for x in inputs:
+            found = self._stages_of(x.to(self.device))
+            best = max(best, found, key=lambda stages: sum(map(len, stages)))
+            if sum(map(len, best)) == len(self.linears):
+                break
+        ran = {name for stage in best for name in stage}
+        return best + [[name] for name in self.linears if name not in ran]
+
+    def _stages_of(self, x: Tensor) -> list[list[str]]:
         stages: list[list[str]] = []
         last: list[Tensor] = []
 
@@ -207,8 +220,7 @@ class QuantBlock(nn.Module):
             self(x)
         for hook in hooks:
             hook.remove()
-        ran = {name for stage in stages for name in stage}
-        return stages + [[name] for name in self.linears if name not in ran]
+        return stages
 
     @torch.no_grad()
     def pack_linear_(self, name: str, weight: QTensor) -> None:

@@ -25,3 +25,8 @@ class Composed(BlockModule):
         super().__init__(block, made, schedule, aug_loss)
         recipe = [{"class": type(part).__name__, **part.options} for part in made]
         self.save_hyperparameters({"parts": recipe, "schedule": schedule, "aug_loss": aug_loss})
+
+    @property
+    def title(self) -> str:
+        """The names of its parts."""
+        return " + ".join(type(part).__name__ for part in self.parts) or "RTN"

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from plquant.blocks.quant_block import QuantBlock
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.quant.affine import QTensor
+from plquant.quant.axis import Axis
 
 # Each rests on those before it: a clipping strength learned before a transform would belong to another range, a Hessian
 # from before a reassembly to other channels.
@@ -36,8 +37,8 @@ class Fitting(Protocol):
     def observe_quantized(self, make: Callable[[int], Metric], name: str, final: bool = True) -> Tensor:
         """A statistic of the inputs of one linear, as the quantized model has them; ``final``: as multiplied."""
 
-    def error(self, tokens: int) -> float:
-        """Error of the block as it is now, over about so many tokens; see ``token_error``."""
+    def error(self, tokens: int | None = None) -> float:
+        """Error of the block as it is now, over about so many tokens or all; see ``token_error``."""
 
 
 class Part:
@@ -48,6 +49,7 @@ class Part:
     """
 
     place: ClassVar[str]  # in LEGAL_ORDER
+    axes: ClassVar[tuple[Axis, ...]] = ()  # along which it may put groups, besides the grid's own
     options: dict[str, Any]  # what it was made with, for the record of the run
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Part:
@@ -60,9 +62,10 @@ class Part:
 
     def __init__(self, block: QuantBlock) -> None:
         self.block = block
+        self.notes: list[str] = []  # what the run's report should say, the same for all blocks it happened in
 
     def check(self, parts: Sequence[Part]) -> None:
-        """Whether this part can work here, beside these; called before the run, on a block without sites.
+        """Whether this part can work here, beside these; called before the run too, on a block without sites.
 
         Raises:
             ValueError: It cannot, with the reason.
@@ -74,6 +77,10 @@ class Part:
 
     def start(self, fitting: Fitting) -> None:
         """Set what starts from the data; called once, before the first step."""
+
+    def figures(self) -> dict[str, float]:
+        """What to log after every epoch."""
+        return {}
 
     def advance(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
         """Called before every epoch, counted from 0, of so many."""
