@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -44,7 +44,17 @@ COMPOSED: dict[str, dict[str, str]] = {
     },
 }
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
-COLUMNS = ("regime", "method", "bits", "perplexity", "seconds a block", "peak GiB", "minutes")
+COLUMNS = {
+    "regime": "",
+    "method": "",
+    "perplexity": "of the folder that was written, loaded again",
+    "bits": "effective bits per weight, run-time operations included",
+    "MACs": "multiply-adds of run-time operations, as a share of the linears'",
+    "worst block": "largest relative squared error of a block's output",
+    "less a token": "the same without the block's heaviest token",
+    "s a block": "seconds",
+    "peak GiB": "resident memory",
+}
 
 
 def recipes(regime: str) -> dict[str, list[str]]:
@@ -67,59 +77,73 @@ def recipes(regime: str) -> dict[str, list[str]]:
 
 
 def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row; taken from its folder if it is there already."""
+    """One row; a run that is finished is only read."""
     folder = Path(options.out) / regime.replace(" ", "").lower() / method.replace(" ", "").lower()
-    result, log = folder.with_suffix(".json"), folder.with_suffix(".log")
-    if result.exists():
-        return json.loads(result.read_text())
     folder.parent.mkdir(parents=True, exist_ok=True)
     data = ["--data=TokenIds", f"--data.file={options.ids}"] if options.ids else ["--data=BuiltinText"]
-    model, started = [f"--model.checkpoint={options.model}"], time.monotonic()
-    with open(log, "a") as file:
+    measured = folder / "perplexity.json"
+    with open(folder.with_suffix(".log"), "a") as log:
         if not (folder / "report.json").exists():
-            recipe = recipes(regime)[method]
-            command = [*model, *recipe, *REGIMES[regime], *data, f"--output_dir={folder}", "--evaluate=false"]
-            epochs = [f"--trainer.max_epochs={options.epochs}", "--trainer.enable_progress_bar=false"]
-            subprocess.run(
-                [sys.executable, "-m", "plquant", "calibrate", *command, *epochs], check=True, stdout=file, stderr=file
+            plquant(
+                log,
+                *[
+                    "calibrate",
+                    f"--model.checkpoint={options.model}",
+                    *recipes(regime)[method],
+                    *REGIMES[regime],
+                    *data,
+                ],
+                *[f"--output_dir={folder}", "--evaluate=false", "--trainer.enable_progress_bar=false"],
+                f"--trainer.max_epochs={options.epochs}",
             )
-        perplexity = folder / "perplexity.json"
-        validate = ["validate", f"--model.checkpoint={folder}", *data, f"--result_file={perplexity}"]
-        subprocess.run([sys.executable, "-m", "plquant", *validate], check=True, stdout=file, stderr=file)
-    report, measured = json.loads((folder / "report.json").read_text()), json.loads(perplexity.read_text())
-    blocks = report["blocks"]
-    row = {
+            (folder / "where.json").write_text(json.dumps(where()))
+        if not measured.exists():
+            plquant(log, "validate", f"--model.checkpoint={folder}", *data, f"--result_file={measured}")
+    report, recipe = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "recipe"))
+    found = recipe["model"]["checkpoint"], recipe["trainer"]["max_epochs"], recipe["data"].get("file")
+    if found != (options.model, options.epochs, options.ids):
+        sys.exit(f"{folder} holds a run of other options (model, epochs, ids): {found}; give another --out")
+    worst = max(report["blocks"], key=lambda block: block["squared_error"])
+    return {
         "regime": regime,
         "method": method,
+        "perplexity": round(json.loads(measured.read_text())["perplexity"], 3),
         "bits": round(report["cost"]["effective_bits"], 3),
-        "perplexity": round(measured["perplexity"], 3),
-        "seconds a block": round(sum(block["seconds"] for block in blocks) / report["num_blocks"], 1),
+        "MACs": f"+{report['cost']['online_macs'] / report['cost']['macs']:.1%}",
+        "worst block": f"{worst['squared_error']:.2e}",
+        "less a token": f"{worst['squared_error_rest']:.2e}",
+        "s a block": round(sum(block["seconds"] for block in report["blocks"]) / report["num_blocks"], 1),
         "peak GiB": round(report["peak_bytes"] / 2**30, 2),
-        "minutes": round((time.monotonic() - started) / 60, 1),
-    }
-    result.write_text(json.dumps(row) + "\n")
-    keep(row, options)
-    return row
-
-
-def keep(row: dict[str, Any], options: argparse.Namespace) -> None:
-    """Append a row to the results, with when and where it was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    where = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
         "model": options.model,
         "epochs": options.epochs,
-    }
+    } | json.loads((folder / "where.json").read_text())
+
+
+def plquant(log: IO[str], *arguments: str) -> None:
+    """Run the command in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "plquant", *arguments], stdout=log, stderr=log)
+    if done.returncode:
+        sys.exit(f"plquant {' '.join(arguments)}\nfailed; see {log.name}")
+
+
+def where() -> dict[str, Any]:
+    """When and on what it was measured."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine, "torch": torch.__version__}
+
+
+def keep(rows: list[dict[str, Any]]) -> None:
+    """Put the rows into the results, in the place of earlier ones of the same run."""
+    earlier = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    key = ("model", "epochs", "regime", "method")
+    now = {tuple(str(row[name]) for name in key) for row in rows}
+    kept = [row for row in earlier if tuple(row[name] for name in key) not in now]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*where, *COLUMNS])
-        if is_new:
-            writer.writeheader()
-        writer.writerow(where | row)
+    with open(RESULTS, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(kept + rows)
 
 
 def main() -> None:
@@ -133,12 +157,15 @@ def main() -> None:
     parser.add_argument("--out", default="out/quality", help="folder of the quantized models and logs")
     options = parser.parse_args()
     rows = []
-    print(" | ".join(f"{name:>15}" for name in COLUMNS))
+    for name, meaning in COLUMNS.items():
+        print(f"{name}: {meaning}" if meaning else name)
+    print(" | ".join(f"{name:>18}" for name in COLUMNS))
     for regime in options.regimes:
         for method in recipes(regime):
             if options.methods is None or method in options.methods:
                 rows.append(run(regime, method, options))
-                print(" | ".join(f"{rows[-1][name]!s:>15}" for name in COLUMNS), flush=True)
+                keep(rows)
+                print(" | ".join(f"{rows[-1][name]!s:>18}" for name in COLUMNS), flush=True)
     print(json.dumps({"rows": rows, "model": options.model, "epochs": options.epochs, "torch": torch.__version__}))
 
 
