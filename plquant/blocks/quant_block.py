@@ -91,6 +91,11 @@ class QuantBlock(nn.Module):
         """Some linears run only for the tokens that are sent to them."""
         return any(isinstance(module, Experts) for module in self.layers.modules())
 
+    def in_expert(self, name: str) -> bool:
+        """Whether a linear is an expert's: it runs only for the tokens that are sent there."""
+        experts = [path for path, module in self.layers.named_modules() if isinstance(module, Experts)]
+        return any(name.startswith(f"{path}.") for path in experts)
+
     @property
     def quantizes_attention(self) -> bool:
         """Queries or keys are rounded."""

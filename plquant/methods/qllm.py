@@ -19,7 +19,7 @@ class QLLM(BlockModule):
         block: The block to calibrate.
         removal: What happens to the channels that make room: ``drop``, or ``merge`` as in the paper.
         compensate: Fit the weights, in closed form, to the reassembled, quantized activations before anything is
-            learned; where the text has at least six tokens a channel.
+            learned; left out, with a note, where fewer than six tokens a channel are read.
         rank: Of the correction.
         lr: Learning rate.
         norms: Learn the weights of the norms too.

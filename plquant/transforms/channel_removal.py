@@ -1,8 +1,8 @@
 """Which channels a linear can do without: merged in pairs and clusters, or dropped and compensated.
 
-Both orders are greedy, one channel at a time, and need only two Gram matrices, summed in fp64: ``hessian`` = X^T X of
+All orders are greedy, one channel at a time, and need only two Gram matrices, summed in fp64: ``hessian`` = X^T X of
 the activations and ``gram`` = W^T W of all consumers' weights. Their first r steps are the choice of r channels, so one
-pass serves every candidate of a search.
+pass serves every candidate of a search. They come on the CPU, like plans.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from plquant.transforms.damping import damped_cholesky
 
 def _unprotected(channels: int, protected: Tensor, count: int) -> Tensor:
     """Where the ``protected`` channels are not, bool [K]."""
-    free = torch.ones(channels, dtype=torch.bool)
+    free = torch.ones(channels, dtype=torch.bool, device="cpu")
     free[protected.cpu()] = False
     assert count < free.sum(), f"{count} channels to remove, but only {int(free.sum())} of {channels} are not protected"
     return free
@@ -68,7 +68,7 @@ def merge_order(hessian: Tensor, gram: Tensor, count: int, protected: Tensor) ->
         stale = (partner == goes) | (partner == stays)
         stale[[goes, stays]] = True
         least[stale], partner[stale] = cost[stale].min(dim=1)
-    return torch.tensor(order, dtype=torch.int64).view(-1, 2)
+    return torch.tensor(order, dtype=torch.int64, device="cpu").view(-1, 2)
 
 
 def _squared_distances(gram: Tensor) -> Tensor:
@@ -125,4 +125,31 @@ def drop_order(hessian: Tensor, gram: Tensor, count: int, protected: Tensor, dam
         q[step] = with_c - with_c[c] / 2 * p[step]
         inverse_diagonal -= u[step].square()
         norms -= 2 * p[step] * q[step]
-    return torch.tensor(order, dtype=torch.int64)
+    return torch.tensor(order, dtype=torch.int64, device="cpu")
+
+
+def drop_order_without_fit(hessian: Tensor, gram: Tensor, count: int, protected: Tensor) -> Tensor:
+    """Channels to drop, the least needed next, where the other weights stay as they are; int64 [count].
+
+    Dropping the channels D changes the output by  sum over c in D of x_c w_c^T,  of squared norm
+
+        sum over c, d in D of <x_c, x_d><w_c, w_d>
+
+    so the first costs |x_c|^2 |w_c|^2, and each later one twice its products with those before it besides.
+
+    Args:
+        hessian: X^T X, [K, K].
+        gram: W^T W over all consumers, [K, K].
+        count: Channels to drop.
+        protected: int64: channels that stay.
+    """
+    hessian, gram = hessian.double(), gram.double()
+    free = _unprotected(len(hessian), protected, count).to(hessian.device)
+    cost = hessian.diagonal() * gram.diagonal()
+    order = []
+    for _ in range(count):
+        c = int(cost.masked_fill(~free, math.inf).argmin())
+        order.append(c)
+        free[c] = False
+        cost += 2 * hessian[c] * gram[c]
+    return torch.tensor(order, dtype=torch.int64, device="cpu")

@@ -17,4 +17,4 @@ def damped_cholesky(moment: Tensor, damp: float) -> Tensor:
     moment = moment.double()
     active = moment.diagonal()[moment.diagonal() > 0]
     damping = damp * active.median() if len(active) else moment.new_ones(())
-    return torch.linalg.cholesky(moment + damping * torch.eye(len(moment)).to(moment))
+    return torch.linalg.cholesky(moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))

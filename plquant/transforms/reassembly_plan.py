@@ -28,6 +28,8 @@ from torch import Tensor
 class ReassemblyPlan:
     """What every channel at run time is made of; all else follows.
 
+    All tensors are on the CPU, whatever the default device is; what runs moves with its module.
+
     Attributes:
         channels: Number of original channels, K.
         index: int64 [K'], ascending: the original channel that is read. Copies of a split channel lie side by side.
@@ -49,7 +51,7 @@ class ReassemblyPlan:
     @classmethod
     def identity(cls, channels: int) -> ReassemblyPlan:
         """The plan that changes nothing."""
-        return cls(channels, torch.arange(channels), torch.empty(0, 2, dtype=torch.int64))
+        return cls(channels, torch.arange(channels, device="cpu"), torch.empty(0, 2, dtype=torch.int64, device="cpu"))
 
     @classmethod
     def build(
@@ -63,14 +65,14 @@ class ReassemblyPlan:
             drops: int64 [D]: channels that nobody reads any more (``drop_order``).
             merges: int64 [A, 2]: a channel, and the one it is merged into, which itself stays (``merge_order``).
         """
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
         drops = none if drops is None else drops
         merges = none.view(0, 2) if merges is None else merges
         copies = 1 + splits.bincount(minlength=channels)
         gone = torch.cat([drops, merges[:, 0]])
         assert bool((copies[gone] == 1).all()), "a split channel is dropped or merged"
         copies[gone] = 0
-        index = torch.arange(channels).repeat_interleave(copies)
+        index = torch.arange(channels, device="cpu").repeat_interleave(copies)
         adds = torch.stack([merges[:, 0], torch.searchsorted(index, merges[:, 1].contiguous())], dim=1)
         assert torch.equal(index[adds[:, 1]], merges[:, 1]), "a channel is merged into one that does not stay"
         return cls(channels, index, adds)
@@ -88,7 +90,7 @@ class ReassemblyPlan:
     @property
     def is_identity(self) -> bool:
         """Nothing is split, dropped or merged."""
-        return torch.equal(self.index, torch.arange(self.channels))
+        return torch.equal(self.index, torch.arange(self.channels, device="cpu"))
 
     @cached_property
     def copies(self) -> Tensor:
@@ -100,7 +102,7 @@ class ReassemblyPlan:
         """a_c, what the source multiplies each original channel by, fp64 [K]; 1 for one that is dropped."""
         merged, positions = self.adds.unbind(1)
         members = 1 + positions.bincount(minlength=self.width)
-        divisor = torch.ones(self.channels, dtype=torch.int64)
+        divisor = torch.ones(self.channels, dtype=torch.int64, device="cpu")
         divisor[self.index] = self.copies[self.index] * members
         divisor[merged] = members[positions]
         return 1 / divisor.double()
@@ -115,7 +117,7 @@ class ReassemblyPlan:
         these add up to the code that the whole channel has at the full scale, as long as none is clipped. Nothing is
         subtracted again: the offsets of a channel add up to 0.
         """
-        copy = torch.arange(self.width) - torch.searchsorted(self.index, self.index)
+        copy = torch.arange(self.width, device="cpu") - torch.searchsorted(self.index, self.index)
         copies = self.copies[self.index]
         return ((2 * copy - copies + 1).double() / (2 * copies)).float()
 
@@ -138,4 +140,4 @@ def split_order(abs_max: Tensor, count: int) -> Tensor:
         _, copies, channel = heap[0]
         order.append(channel)
         heapq.heapreplace(heap, (-maxima[channel] / (copies + 1), copies + 1, channel))
-    return torch.tensor(order, dtype=torch.int64)
+    return torch.tensor(order, dtype=torch.int64, device="cpu")

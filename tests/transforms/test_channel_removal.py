@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plquant.transforms.channel_removal import drop_order, merge_order
+from plquant.transforms.channel_removal import drop_order, drop_order_without_fit, merge_order
 
 NOBODY = torch.empty(0, dtype=torch.int64)
 
@@ -148,3 +148,37 @@ def test_statistics_in_fp32_are_worked_on_in_fp64() -> None:
     drops = drop_order(hessian, gram, 6, NOBODY, damp=1e-12)
     assert torch.equal(drops, drop_order(x.t() @ x, w.t() @ w, 6, NOBODY, damp=1e-12))
     assert torch.equal(gram, before)
+
+
+def left_out_error(x: Tensor, w: Tensor, dropped: list[int]) -> float:
+    """|X_D W_D^T|^2, by doing it."""
+    return float((x[:, dropped] @ w[:, dropped].t()).square().sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_a_fit_each_drop_is_the_cheapest_by_the_true_error(seed: int) -> None:
+    x, w = site(seed=seed)
+    grams = x.t() @ x, w.t() @ w
+    before = [gram.clone() for gram in grams]
+    drops = drop_order_without_fit(*grams, 8, torch.tensor([4])).tolist()
+    for step, found in enumerate(drops):
+        rest = [c for c in range(12) if c not in (4, *drops[:step])]
+        assert found == min(rest, key=lambda c: left_out_error(x, w, [*drops[:step], c]))
+    assert all(torch.equal(gram, b) for gram, b in zip(grams, before, strict=True))
+
+
+def test_a_large_channel_that_another_can_stand_in_for_goes_only_with_a_fit() -> None:
+    x, w = site(channels=16, spread=1.0)
+    x[:, 2] *= 10
+    x[:, 11] = x[:, 2]
+    grams = x.t() @ x, w.t() @ w
+    assert drop_order(*grams, 1, NOBODY).item() in (2, 11)
+    assert not set(drop_order_without_fit(*grams, 8, NOBODY).tolist()) & {2, 11}
+
+
+def test_orders_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    x, w = site()
+    hessian, gram = x.t() @ x, w.t() @ w
+    with torch.device("meta"):
+        orders = [order(hessian, gram, 3, NOBODY) for order in (merge_order, drop_order, drop_order_without_fit)]
+    assert {order.device.type for order in orders} == {"cpu"}

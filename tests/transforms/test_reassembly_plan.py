@@ -111,3 +111,14 @@ def test_codes_of_copies_add_up_to_the_code_of_the_channel(copies: int, zero_poi
     assert torch.equal(codes(x_copies, plan.offset.double()).sum(1), whole)
     # Without offsets they share one rounding, T times as coarse.
     assert (codes(x_copies, 0.0).sum(1) - whole).abs().max() >= copies // 2
+
+
+def test_plans_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    abs_max, zero, merges = maxima(), torch.tensor([0]), torch.tensor([[1, 2]])
+    with torch.device("meta"):
+        splits = split_order(abs_max, 1)
+        plan = ReassemblyPlan.build(24, splits, zero, merges)
+        plans = [plan, ReassemblyPlan.identity(24), ReassemblyPlan.build(24, splits)]
+        tensors = [t for p in plans for t in (p.index, p.adds, p.copies, p.coefficient, p.offset)]
+        assert not plan.is_identity and plan.width == 23
+    assert {t.device.type for t in [splits, *tensors]} == {"cpu"}
