@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from plquant.blocks.quant_block import QuantBlock
@@ -20,7 +21,9 @@ class LowRank(Part):
         block: The block to calibrate.
         rank: Of the correction.
         lr: Learning rate of its two factors.
-        norms: Learn the weights of the block's norms too, as the released code does.
+        norms: Learn the weights of the norms too whose output goes to linears and nowhere else, as the released code
+            does with Llama's; not those of queries and keys, nor those after attention or MLP (Gemma), nor one that a
+            router of experts reads.
     """
 
     place = "low rank"
@@ -31,13 +34,17 @@ class LowRank(Part):
             raise ValueError(f"rank={rank} corrects nothing; choose 1 or more, or leave the part out")
         self.lr = lr
         self.learned: list[nn.Module] = []
-        for number, linear in enumerate(block.linears.values()):
+        linears = list(block.linears.values())
+        # The start differs from linear to linear, block to block, and with the seed of the run.
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        seeds = torch.randint(2**62, (block.index + 1, len(linears)), generator=generator)[-1].tolist()
+        for linear, seed in zip(linears, seeds, strict=True):
             out_features, in_features = linear.weight.shape
-            lora = LoRA(out_features, in_features, rank, seed=number)
+            lora = LoRA(out_features, in_features, rank, seed=seed)
             linear.corrections.append(lora)
             self.learned.append(lora)
         for site in block.sites if norms else ():
-            if site.kind == "norm":
+            if site.kind == "norm" and not site.kept:
                 gain = NormGain(block.num_channels(site))
                 block.correct_norm_(site.source, gain, site.gain_offset)
                 self.learned.append(gain)
