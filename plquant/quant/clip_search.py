@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from plquant.quant.affine import choose_qparams, group_range, to_groups
-from plquant.quant.fake_quantize import PIECE_ON_ACCELERATOR, PIECE_ON_CPU
 from plquant.quant.grid import IntGrid
+from plquant.quant.pieces import piece_size
 
 # Letters: R, G, g as in ``affine``; S shares that are tried.
 
@@ -43,8 +43,7 @@ def mse_clip(
     groups = to_groups(weight, grid)
     if importance is not None:
         importance = None if grid.axis == "out" else importance.to(dtype).view(groups.shape[1:])
-    size = PIECE_ON_CPU if weight.device.type == "cpu" else PIECE_ON_ACCELERATOR
-    rows = max(1, size // (len(SHARES) * groups[0].numel()))
+    rows = max(1, piece_size(weight) // (len(SHARES) * groups[0].numel()))
     found = [best_shares(piece.to(dtype), grid, scale_dtype, importance) for piece in groups.split(rows)]
     low, high = (torch.cat(parts) for parts in zip(*found, strict=True))
     return low, high

@@ -1,11 +1,13 @@
 """Quantize and dequantize a weight in one differentiable step: what a calibration step does to every linear.
 
 One autograd function, because this is what a step costs beside its matmuls: chained operations would keep ten
-intermediate copies of the weight; this keeps none and works through the rows in pieces that stay in the cache.
-``quantize_weight`` (the fold) and ``fake_quantize`` (the forward) share ``_quantized_rows``: their codes agree.
+intermediate copies of the weight; this keeps none and works through the rows in pieces that stay in the cache, where a
+pass takes a quarter of the time. ``quantize_weight`` (the fold) and ``fake_quantize`` (the forward) share
+``_quantized``: their codes agree.
 
-Letters: R, G, g as in ``affine``; s scale, z zero-point, u = w / s, n = clamp(round(u), qmin - z, qmax - z).
-Rounding is straight-through (so is z's, which has no gradient at all in OmniQuant's released code):
+Letters: R, G, g as in ``affine``, r rows of a piece; s scale, z zero-point, u = w / s,
+n = clamp(round(u), qmin - z, qmax - z). Rounding is straight-through (so is z's, which has no gradient at all in
+OmniQuant's released code):
 
     inside the range   d(n s)/dw = 1    d(n s)/ds = n - u
     clipped            d(n s)/dw = 0    d(n s)/ds = n - lo / s    d(n s)/dlo = 1    (symmetric: n and 0)
@@ -14,6 +16,7 @@ Rounding is straight-through (so is z's, which has no gradient at all in OmniQua
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +24,41 @@ from torch import Tensor
 
 from plquant.quant.affine import QTensor, choose_qparams, from_groups, group_range, to_groups
 from plquant.quant.grid import IntGrid
-
-# Weights worked on at once: a few fp32 buffers of this size fit the cache; an accelerator wants few, large kernels.
-PIECE_ON_CPU, PIECE_ON_ACCELERATOR = 1 << 18, 1 << 26
+from plquant.quant.pieces import piece_size
 
 Clip = tuple[Tensor, Tensor]
+
+
+class _Weight(NamedTuple):
+    """A weight to be quantized, ``groups`` * ``inner`` * ``outer``, and how much of its ranges is kept.
+
+    Attributes:
+        groups: [R, G, g], any floating dtype.
+        inner: [1, G, g], multiplies the columns.
+        outer: [R, 1, 1], multiplies the rows.
+        low: Share of the lower end, [R, G, 1].
+        high: Share of the upper end, [R, G, 1].
+    """
+
+    groups: Tensor
+    inner: Tensor | None
+    outer: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+
+    def buffers(self, count: int, pieces: int = 1) -> Tensor:
+        """Memory for so many rows as are worked on at once, [count, r, G, g] in fp32 (fp64 for an fp64 weight)."""
+        rounds = -(-self.groups.numel() // (pieces * piece_size(self.groups)))
+        rows = -(-len(self.groups) // rounds)
+        dtype = torch.promote_types(self.groups.dtype, torch.float32)
+        return self.groups.new_empty((count, rows, *self.groups.shape[1:]), dtype=dtype)
+
+    def product(self, groups: Tensor, outer: Tensor | None, into: Tensor) -> Tensor:
+        """Some rows of the weight."""
+        into.copy_(groups)
+        if self.inner is not None:
+            into.mul_(self.inner)
+        return into if outer is None else into.mul_(outer)
 
 
 class _Ranges(NamedTuple):
@@ -38,68 +71,35 @@ class _Ranges(NamedTuple):
     scale: Tensor  # and the grid this gives
     zero_point: Tensor
 
-    def of(self, piece: slice) -> _Ranges:
-        """Those of some rows."""
-        return _Ranges(*(t[piece] for t in self))
+
+def _split(rows: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """So many rows of every tensor at a time; ``None`` stays ``None``."""
+    return zip(*(repeat(None) if t is None else t.split(rows) for t in tensors), strict=False)
 
 
-class _Weight(NamedTuple):
-    """A weight to be quantized: ``groups`` * ``inner`` * ``outer``.
-
-    Attributes:
-        groups: [R, G, g], any floating dtype.
-        inner: [1, G, g], multiplies the columns.
-        outer: [R, 1, 1], multiplies the rows.
-        scale_dtype: Dtype that the scale is stored in.
-    """
-
-    groups: Tensor
-    inner: Tensor | None
-    outer: Tensor | None
-    scale_dtype: torch.dtype
-
-    def pieces(self) -> Iterator[slice]:
-        """Rows to work on at once."""
-        size = PIECE_ON_CPU if self.groups.device.type == "cpu" else PIECE_ON_ACCELERATOR
-        rows = max(1, size // self.groups[0].numel())
-        return (slice(start, start + rows) for start in range(0, len(self.groups), rows))
-
-    def rows(self, piece: slice) -> Tensor:
-        """Some rows, multiplied; [r, G, g] in fp32 or fp64."""
-        groups = self.groups[piece]
-        weight = groups.to(torch.promote_types(groups.dtype, torch.float32))
-        weight = weight if self.inner is None else weight * self.inner
-        return weight if self.outer is None else weight * self.outer[piece]
+def _quantized(weight: _Weight, grid: IntGrid, scale_dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, _Ranges]]:
+    """Every piece of a weight as codes less their zero-point, n, and ranges: the single place where codes are made."""
+    (buffer,) = weight.buffers(1, pieces=2)  # of one buffer more fits the cache
+    stop = 0
+    for groups, outer, *clip in _split(len(buffer), weight.groups, weight.outer, weight.low, weight.high):
+        start, stop = stop, stop + len(groups)
+        rows = weight.product(groups, outer, into=buffer[: len(groups)])
+        low, high = group_range(rows)
+        lo, hi = (low, high) if clip[0] is None else (low * clip[0], high * clip[1])
+        scale, zero_point = choose_qparams(lo, hi, grid, scale_dtype)
+        steps = rows.div_(scale).round_()
+        # torch.clamp with tensor bounds takes four times as long as these two.
+        torch.maximum(steps, grid.qmin - zero_point, out=steps)
+        torch.minimum(steps, grid.qmax - zero_point, out=steps)
+        yield slice(start, stop), steps, _Ranges(low, high, lo, hi, scale, zero_point)
 
 
-def _choose(weight: Tensor, clip: Clip | None, grid: IntGrid, scale_dtype: torch.dtype) -> _Ranges:
-    low, high = group_range(weight)
-    lo, hi = (low, high) if clip is None else (low * clip[0], high * clip[1])
-    return _Ranges(low, high, lo, hi, *choose_qparams(lo, hi, grid, scale_dtype))
-
-
-def _clamped(rounded: Tensor, zero_point: Tensor, grid: IntGrid) -> Tensor:
-    """Codes less their zero-point: n of round(u)."""
-    # torch.clamp with tensor bounds takes four times as long as these two.
-    steps = torch.maximum(rounded, grid.qmin - zero_point)
-    return torch.minimum(steps, grid.qmax - zero_point, out=steps)
-
-
-def _rows(values: Tensor | None, piece: slice) -> Tensor | None:
-    return None if values is None else values[piece]
-
-
-def _quantized_rows(weight: _Weight, clip: Clip | None, grid: IntGrid) -> Iterator[tuple[slice, Tensor, _Ranges]]:
-    """Every piece of a weight as steps and ranges: the single place where codes are made."""
-    for piece in weight.pieces():
-        rows = weight.rows(piece)
-        part = None if clip is None else (clip[0][piece], clip[1][piece])
-        ranges = _choose(rows, part, grid, weight.scale_dtype)
-        yield piece, _clamped((rows / ranges.scale).round_(), ranges.zero_point, grid), ranges
+def _joined(found: list[_Ranges]) -> _Ranges:
+    return found[0] if len(found) == 1 else _Ranges(*map(torch.cat, zip(*found, strict=True)))
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Works on groups; takes the fields of ``_Weight`` and ``Clip`` one by one."""
+    """Works on groups; takes the fields of ``_Weight`` one by one."""
 
     @staticmethod
     def forward(
@@ -107,54 +107,52 @@ class _FakeQuantize(torch.autograd.Function):
         groups: Tensor,
         inner: Tensor | None,
         outer: Tensor | None,
-        clip_low: Tensor | None,
-        clip_high: Tensor | None,
+        low: Tensor | None,
+        high: Tensor | None,
         grid: IntGrid,
         dtype: torch.dtype,
         scale_dtype: torch.dtype,
     ) -> Tensor:
-        clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
+        weight = _Weight(groups, inner, outer, low, high)
         out = torch.empty_like(groups, dtype=dtype)
-        found = []
-        for piece, steps, ranges in _quantized_rows(_Weight(groups, inner, outer, scale_dtype), clip, grid):
+        found: list[_Ranges] = []
+        for piece, steps, ranges in _quantized(weight, grid, scale_dtype):
             out[piece] = steps.mul_(ranges.scale)
             found.append(ranges)
-        ctx.grid, ctx.scale_dtype = grid, scale_dtype
-        ctx.save_for_backward(groups, inner, outer, clip_low, clip_high, *map(torch.cat, zip(*found, strict=True)))
+        ctx.grid = grid
+        ctx.save_for_backward(*weight, *_joined(found))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        groups, inner, outer, clip_low, clip_high, *found = ctx.saved_tensors
-        weight, ranges = _Weight(groups, inner, outer, ctx.scale_dtype), _Ranges(*found)
+        saved = ctx.saved_tensors
+        weight, ranges = _Weight(*saved[:5]), _Ranges(*saved[5:])
         needs_weight, needs_inner, needs_outer, needs_clip = ctx.needs_input_grad[:4]
-        g_groups = torch.empty_like(groups) if needs_weight else None
-        g_inner = torch.zeros_like(inner) if needs_inner else None
-        g_outer = torch.empty_like(outer) if needs_outer else None
-        g_lo, g_hi = torch.empty_like(ranges.lo), torch.empty_like(ranges.hi)
-        for piece in weight.pieces():
-            rows, part = weight.rows(piece), ranges.of(piece)
-            grad = grads[0][piece].to(rows.dtype)
-            g_rows, g_lo[piece], g_hi[piece] = _straight_through(rows, grad, part, ctx.grid)
+        g_inner = torch.zeros_like(saved[1]) if needs_inner else None
+        g_groups: list[Tensor] = []
+        g_outer: list[Tensor] = []
+        g_ends: list[tuple[Tensor, Tensor]] = []
+        buffers = weight.buffers(4)
+        for groups, outer, g_out, *part in _split(buffers.shape[1], weight.groups, weight.outer, *grads, *ranges):
+            grad, product, g_rows, rows = buffers[:, : len(groups)]
+            grad.copy_(g_out)
+            weight.product(groups, outer, into=rows)
+            found = _Ranges(*part)
+            g_ends.append(_straight_through_(grad, product, g_rows, rows, found, ctx.grid))
             if not (needs_weight or needs_inner or needs_outer):
                 continue
-            g_low, g_high = (
-                (g_lo[piece], g_hi[piece])
-                if clip_low is None
-                else (g_lo[piece] * clip_low[piece], g_hi[piece] * clip_high[piece])
-            )
-            _add_at_extremes_(g_rows, rows, part, g_low, g_high)
-            if g_groups is not None:
-                g_groups[piece] = _Weight(g_rows, inner, _rows(outer, piece), ctx.scale_dtype).rows(slice(None))
-            product = g_rows.mul_(rows)
+            _add_at_ends_(product, g_rows if needs_weight else None, rows, found, g_ends[-1], scratch=grad)
             if g_inner is not None:
                 g_inner += product.sum(0, keepdim=True)
-            if g_outer is not None:
-                g_outer[piece] = product.sum((1, 2), keepdim=True)
+            if needs_outer:
+                g_outer.append(product.sum((1, 2), keepdim=True))
+            if needs_weight:
+                g_groups.append(weight.product(g_rows, outer, into=rows).to(groups.dtype, copy=True))
+        g_lo, g_hi = map(torch.cat, zip(*g_ends, strict=True))
         return (
-            g_groups,
-            None if g_inner is None else g_inner.div_(inner),
-            None if g_outer is None else g_outer.div_(outer),
+            torch.cat(g_groups) if needs_weight else None,
+            g_inner.div_(saved[1]) if g_inner is not None else None,
+            torch.cat(g_outer).div_(saved[2]) if needs_outer else None,
             g_lo.mul_(ranges.low) if needs_clip else None,
             g_hi.mul_(ranges.high) if needs_clip else None,
             None,
@@ -163,32 +161,47 @@ class _FakeQuantize(torch.autograd.Function):
         )
 
 
-def _straight_through(weight: Tensor, grad: Tensor, r: _Ranges, grid: IntGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the weight (its range held fixed) and of the range's two ends; overwrites nothing it is given.
+def _straight_through_(
+    grad: Tensor, product: Tensor, g_rows: Tensor, rows: Tensor, r: _Ranges, grid: IntGrid
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the two ends of the range that is kept, each [r, G, 1].
 
-    Masks are made by arithmetic: comparisons, which give booleans, take ten times as long on a CPU.
+    Args:
+        grad: The gradient of n s, [r, G, g].
+        product: Becomes ``g_rows * rows``.
+        g_rows: Becomes the gradient of the weight with its range held fixed.
+        rows: The weight.
+        r: Its ranges.
+        grid: Its grid.
     """
-    position = weight / r.scale
-    rounded = position.round()
-    steps = _clamped(rounded, r.zero_point, grid)
-    beyond = rounded.sub_(steps).abs_().clamp_(max=1).mul_(grad)  # the gradient where a code was clipped
-    g_weight, clipped = grad - beyond, beyond.sum(-1, keepdim=True)
-    g_scale = torch.mul(grad, steps, out=beyond).addcmul_(g_weight, position, value=-1).sum(-1, keepdim=True)
+    codes = torch.div(rows, r.scale, out=product).round_()
+    if not grid.symmetric:
+        codes.add_(r.zero_point)
+    # Zero where a code was clipped; comparisons, which give booleans, take ten times as long on a CPU.
+    torch.ops.aten.hardtanh_backward.grad_input(grad, codes, grid.qmin - 0.5, grid.qmax + 0.5, grad_input=g_rows)
+    g_scale = codes.clamp_(grid.qmin, grid.qmax).mul_(grad).sum(-1, keepdim=True)
+    total, inside = grad.sum(-1, keepdim=True), g_rows.sum(-1, keepdim=True)
+    through = torch.mul(g_rows, rows, out=product).sum(-1, keepdim=True)
     if grid.symmetric:  # scale = max(hi / qmax, lo / qmin), and zero_point = 0
+        g_scale.addcdiv_(through, r.scale, value=-1)
         from_hi = r.hi / grid.qmax >= r.lo / grid.qmin
-        return g_weight, torch.where(from_hi, 0, g_scale / grid.qmin), torch.where(from_hi, g_scale / grid.qmax, 0)
-    g_scale.addcmul_(r.lo / r.scale, clipped, value=-1)
-    g_hi = g_scale / (grid.qmax - grid.qmin)
-    return g_weight, clipped - g_hi, g_hi
+        return torch.where(from_hi, 0, g_scale / grid.qmin), torch.where(from_hi, g_scale / grid.qmax, 0)
+    g_scale.addcmul_(r.zero_point, total, value=-1)
+    clipped = total.sub_(inside)
+    g_hi = g_scale.addcdiv_(through.addcmul_(clipped, r.lo), r.scale, value=-1).div_(grid.qmax - grid.qmin)
+    return clipped - g_hi, g_hi
 
 
-def _add_at_extremes_(g_weight: Tensor, weight: Tensor, r: _Ranges, g_low: Tensor, g_high: Tensor) -> None:
-    """The range's gradient belongs to the weights that are its ends, in equal parts where several are."""
-    for distance, gradient, end in ((weight - r.low, g_low, r.low), (r.high - weight, g_high, r.high)):
-        elsewhere = distance.sign_()  # 0 at the end itself, 1 everywhere else
-        count = weight.shape[-1] - elsewhere.sum(-1, keepdim=True)
-        share = torch.where(end == 0, 0, gradient) / count.clamp_(min=1)
-        g_weight.add_(share).addcmul_(elsewhere, share, value=-1)
+def _add_at_ends_(
+    product: Tensor, g_rows: Tensor | None, rows: Tensor, r: _Ranges, g_ends: tuple[Tensor, Tensor], scratch: Tensor
+) -> None:
+    """Add the gradient of a range to that of the weights which are its ends, in equal parts where several are."""
+    for end, kept, g_end in zip((r.low, r.high), (r.lo, r.hi), g_ends, strict=True):
+        is_end = torch.eq(rows, end, out=scratch)
+        share = (g_end * kept).div_(is_end.sum(-1, keepdim=True).clamp_(min=1))
+        product.addcmul_(is_end, share)
+        if g_rows is not None:
+            g_rows.addcmul_(is_end, torch.where(end == 0, 0, share / end))
 
 
 def _grouped_scales(
@@ -239,13 +252,13 @@ def quantize_weight(
     groups = to_groups(weight, grid)
     scale_dtype = scale_dtype or weight.dtype
     codes = torch.empty_like(groups, dtype=torch.int8 if grid.symmetric else torch.uint8)
-    scale = torch.empty_like(groups[..., 0], dtype=scale_dtype)
-    zero_point = torch.empty_like(scale, dtype=torch.uint8)
-    scaled = _Weight(groups, *_grouped_scales(weight, grid, in_scale, out_scale), scale_dtype)
-    for piece, steps, ranges in _quantized_rows(scaled, clip, grid):
+    scaled = _Weight(groups, *_grouped_scales(weight, grid, in_scale, out_scale), *(clip or (None, None)))
+    found = []
+    for piece, steps, ranges in _quantized(scaled, grid, scale_dtype):
         codes[piece] = steps.add_(ranges.zero_point)
-        scale[piece] = ranges.scale.squeeze(-1)
-        zero_point[piece] = ranges.zero_point.squeeze(-1)
+        found.append(ranges)
+    ranges = _joined(found)
+    scale, zero_point = ranges.scale.squeeze(-1).to(scale_dtype), ranges.zero_point.squeeze(-1).to(torch.uint8)
     if grid.axis == "out":
         scale, zero_point = scale.t().contiguous(), zero_point.t().contiguous()
     return QTensor(from_groups(codes, grid), scale, None if grid.symmetric else zero_point, grid)

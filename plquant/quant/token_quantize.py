@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from plquant.quant.affine import choose_qparams
-from plquant.quant.fake_quantize import PIECE_ON_ACCELERATOR, PIECE_ON_CPU, Clip
+from plquant.quant.fake_quantize import Clip
 from plquant.quant.grid import IntGrid
+from plquant.quant.pieces import piece_size
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def _choose(low: Tensor, high: Tensor, clip: Clip | None, grid: IntGrid) -> _Ran
 
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows to work on at once, as they are and in fp32 (fp64 for fp64)."""
-    size = PIECE_ON_CPU if rows.device.type == "cpu" else PIECE_ON_ACCELERATOR
-    step = max(1, size // rows.shape[1])
+    step = max(1, piece_size(rows) // rows.shape[1])
     for start in range(0, len(rows), step):
         piece = slice(start, start + step)
         yield piece, rows[piece].to(torch.promote_types(rows.dtype, torch.float32))

@@ -105,7 +105,7 @@ def test_constant_groups_keep_their_range(axis: str, value: float) -> None:
 def test_work_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, grid, importance = random(33, 32), IntGrid(3, 8), random(32, seed=1).square()
     whole = mse_clip(weight, grid, torch.bfloat16, importance)
-    monkeypatch.setattr("plquant.quant.clip_search.PIECE_ON_CPU", 3 * len(SHARES) * 32)
+    monkeypatch.setattr("plquant.quant.clip_search.piece_size", lambda _: 3 * len(SHARES) * 32)
     for a, b in zip(mse_clip(weight, grid, torch.bfloat16, importance), whole, strict=True):
         assert torch.equal(a, b)
 

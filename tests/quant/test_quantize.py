@@ -127,16 +127,15 @@ def plain(weight: Tensor, grid: IntGrid, clip: tuple[Tensor, Tensor], in_scale: 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sign", ["mixed", "positive", "negative"])
 def test_gradients_are_those_of_plain_autograd(
-    bits: int, axis: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+    sign: str, bits: int, axis: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plquant.quant.fake_quantize.PIECE_ON_CPU", 100)  # several pieces, the last one shorter
+    monkeypatch.setattr("plquant.quant.fake_quantize.piece_size", lambda _: 170)  # several, the last one shorter
     grid = IntGrid(bits, 8, symmetric, axis)  # type: ignore[arg-type]
-    weight, in_scale, out_scale = (
-        random(32, 24).requires_grad_(),
-        random(24).exp().requires_grad_(),
-        random(32).exp().requires_grad_(),
-    )
+    weight = random(32, 24)
+    weight = {"mixed": weight, "positive": weight.abs(), "negative": -weight.abs()}[sign].requires_grad_()
+    in_scale, out_scale = random(24).exp().requires_grad_(), random(32).exp().requires_grad_()
     shape = (32, 3, 1) if axis == "in" else (24, 4, 1)
     low, high = (random(*shape, seed=s).sigmoid().requires_grad_() for s in (1, 2))
     inputs = (weight, low, high, in_scale, out_scale)
@@ -148,6 +147,35 @@ def test_gradients_are_those_of_plain_autograd(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(reference, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("asked", [(0,), (1, 2), (3,), (4,), (0, 3), (1, 2, 4)])
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_a_gradient_is_the_same_whatever_else_is_asked_for(axis: str, asked: tuple[int, ...]) -> None:
+    grid = IntGrid(3, 8, axis=axis)  # type: ignore[arg-type]
+    shape = (32, 3, 1) if axis == "in" else (24, 4, 1)
+    values = [random(32, 24), *(random(*shape, seed=s).sigmoid() for s in (1, 2)), random(24).exp(), random(32).exp()]
+    upstream = random(32, 24, seed=3)
+
+    def gradients(asked: tuple[int, ...]) -> dict[int, Tensor]:
+        weight, low, high, in_scale, out_scale = (v.clone().requires_grad_(i in asked) for i, v in enumerate(values))
+        inputs = dict(enumerate((weight, low, high, in_scale, out_scale)))
+        out = fake_quantize(weight, grid, (low, high), in_scale, out_scale)
+        found = torch.autograd.grad(out, [inputs[i] for i in asked], upstream)
+        return dict(zip(asked, found, strict=True))
+
+    everything = gradients((0, 1, 2, 3, 4))
+    for index, gradient in gradients(asked).items():
+        assert torch.equal(gradient, everything[index])
+
+
+@given(GRIDS)
+def test_gradients_of_groups_of_zeros_are_finite(grid: IntGrid) -> None:
+    weight, scale = torch.zeros(8, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    clip = LearnedClipping(weight.shape, grid)
+    fake_quantize(weight, grid, clip(), scale, scale).sum().backward()
+    for tensor in (weight, scale, *clip.parameters()):
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
 
 
 def test_gradient_at_the_range_is_shared_by_equal_weights() -> None:

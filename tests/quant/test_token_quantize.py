@@ -113,7 +113,7 @@ def plain(x: Tensor, grid: IntGrid, offset: Tensor, clip: tuple[Tensor, Tensor] 
 def test_gradients_are_those_of_plain_autograd(
     bits: int, symmetric: bool, clipped: bool, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plquant.quant.token_quantize.PIECE_ON_CPU", 100)  # several pieces, the last one shorter
+    monkeypatch.setattr("plquant.quant.token_quantize.piece_size", lambda _: 100)  # several, the last one shorter
     x = random(3, 5, 24)
     x = {"mixed": x, "positive": x.abs(), "negative": -x.abs()}[where].requires_grad_()
     offset = random(24, seed=1).sigmoid() - 0.5
