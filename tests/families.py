@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -54,6 +55,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 48}),
     "qwen3_moe": ("qwen3_moe", {**_MOE, "num_experts": 8, "head_dim": 8}),
 }
+
+
+def attention_names(lm: nn.Module) -> list[str]:
+    """Names of a model's attention modules, the same in all families."""
+    return [name for name, _ in lm.named_modules() if name.endswith(".self_attn")]
 
 
 def tiny_model(family: str, seed: int = 0, fused: bool = False, **overrides: Any) -> PreTrainedModel:

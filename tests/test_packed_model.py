@@ -17,14 +17,13 @@ import plquant as pq
 from plquant.blocks.discovery import find_blocks
 from plquant.formats.checkpoint import REST, write_index, write_shard
 from plquant.nn.activation_quantizer import ActivationQuantizer
-from plquant.nn.attention import AttentionQuantizer, find_attention, quantize_attention_
+from plquant.nn.attention import AttentionQuantizer, quantize_attention_
 from plquant.nn.online import attach_online_
 from plquant.nn.packed_linear import PackedLinear
 from plquant.packed_model import stored_config
-from plquant.quant.clipping import LearnedClipping
 from plquant.quant.fake_quantize import quantize_weight
 from plquant.quant.grid import ActivationGrid, IntGrid
-from tests.families import VOCAB, tiny_model
+from tests.families import VOCAB, attention_names, tiny_model
 from tests.online_op import Mix
 
 IDS = torch.arange(3, 67)[None] % VOCAB
@@ -42,14 +41,12 @@ def packed(
     grid_of: Callable[[str], IntGrid] = lambda name: IN,
     activations: ActivationGrid | None = None,
     offsets: bool = False,
-    clipping: bool = False,
     online: bool = False,
 ) -> PreTrainedModel:
     """A tiny model as a run leaves it: every linear in its blocks packed, everything else put in."""
     lm = tiny_model(family)
     for parameter in lm.parameters():  # but not the buffers of RoPE, which stay in fp32
         parameter.data = parameter.data.to(dtype)
-    attention = find_attention(lm, lambda: logits(lm))
     prefix, blocks = find_blocks(lm)
     norms = [name for name, m in blocks.named_modules() if name.endswith("input_layernorm")]
     for seed, (name, linear) in enumerate([(n, m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear)]):
@@ -57,13 +54,11 @@ def packed(
         if activations is not None and activations.bits is not None:
             offset = torch.linspace(-0.4, 0.3, linear.in_features) if offsets and "down" in name else None
             new.inputs = ActivationQuantizer(activations.bits, activations.symmetric, offset)
-            if clipping:
-                new.inputs.clip = LearnedClipping(torch.Size((1, 1)), IntGrid(4, None), init=1.0 + seed / 10)
         blocks.set_submodule(name, new)
         if online and "down" in name:
             attach_online_(new, [Mix.random(new.in_features, seed), Mix.random(new.in_features, seed + 1)])
     if activations is not None:
-        quantize_attention_(lm, attention, activations)
+        quantize_attention_(lm, attention_names(lm), activations)
     if online:
         for name in norms:
             width = blocks.get_submodule(name).get_parameter("weight").shape[0]
@@ -94,11 +89,10 @@ CASES: dict[str, dict[str, Any]] = {
     "W3A16KV4": {"activations": ActivationGrid(None, kv=4)},
     "W3A6KV16P8": {"activations": ActivationGrid(6, kv=None, probabilities=8)},
     "offsets": {"activations": ActivationGrid(4), "offsets": True},
-    "learned range of activations": {"activations": ActivationGrid(4), "clipping": True},
     "run-time operations": {"online": True},
     "all": {
         **{"grid_of": by_name, "activations": ActivationGrid(4, kv=8, probabilities=8)},
-        **{"offsets": True, "clipping": True, "online": True},
+        **{"offsets": True, "online": True},
     },
 }
 
@@ -124,7 +118,7 @@ def test_other_families_are_loaded_alike(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(pq.load(save(lm, tmp_path / "out", activations))), logits(lm))
 
 
-@pytest.mark.parametrize("part", ["activations", "offsets", "clipping", "online"])
+@pytest.mark.parametrize("part", ["activations", "offsets", "online"])
 def test_every_part_shows_in_the_logits(part: str, tmp_path: Path) -> None:
     everything = CASES["all"]
     without = everything | ({"activations": None} if part == "activations" else {part: False})

@@ -139,6 +139,20 @@ class QuantBlock(nn.Module):
         weight = (source.norm if isinstance(source, TransformedNorm) else source).get_parameter("weight")
         return len(range(weight.shape[0])[site.rows])
 
+    def sees_scale(self, site: Site, folds: bool = True) -> bool:
+        """Whether rounding is another with a scale per channel at a site.
+
+        Groups of one input channel take it up in their own scale, and so do a row's groups of output channels; a norm
+        is not rounded.
+
+        Args:
+            site: The site.
+            folds: The source takes up its inverse; else that is a run-time operation.
+        """
+        linears = [self.linears[name] for name in site.consumers]
+        source_sees = folds and site.kind == "linear" and self.linears[site.source].grid.axis == "out"
+        return source_sees or any(linear.grid.axis == "in" or linear.inputs is not None for linear in linears)
+
     def put_away(self) -> None:
         """Back to the CPU, leaving nothing on the device."""
         self.cpu()
@@ -234,7 +248,7 @@ class QuantBlock(nn.Module):
         bias = linear.transformed_bias(torch.float64)
         packed = PackedLinear(weight, None if bias is None else bias.to(linear.weight.dtype))
         packed.inputs = linear.inputs
-        attach_online_(packed, _operations(linear.online))
+        attach_online_(packed, _operations(linear.online, linear.weight.dtype))
         self.layers.set_submodule(name, packed)
 
     def fold_sources_(self) -> None:
@@ -244,7 +258,7 @@ class QuantBlock(nn.Module):
                 folded = module.fold_()
                 self.layers.set_submodule(name, folded)
                 if isinstance(module, TransformedNorm):
-                    attach_online_(folded, _operations(module.transforms))
+                    attach_online_(folded, _operations(module.transforms, folded.get_parameter("weight").dtype))
 
     def pack_(self, round_weight: Callable[[FakeQuantLinear], QTensor] = FakeQuantLinear.quantize) -> None:
         """Pack every linear and fold the norms."""
@@ -267,5 +281,5 @@ class QuantBlock(nn.Module):
         self.layers.load_state_dict(own)
 
 
-def _operations(transforms: Iterable[Transform]) -> list[OnlineOp]:
-    return [op for transform in transforms if (op := transform.online_op()) is not None]
+def _operations(transforms: Iterable[Transform], dtype: torch.dtype) -> list[OnlineOp]:
+    return [op.to(dtype) for transform in transforms if (op := transform.online_op()) is not None]

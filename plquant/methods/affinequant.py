@@ -19,8 +19,9 @@ class AffineQuant(BlockModule):
         lwc_lr: Learning rate of the clipping strengths (logits).
         let_lr: Learning rate of the scales and matrices.
         stability: Constant factor on the off-diagonals, the paper's alpha.
-        online: Matrices after the norms and before the last linear of the MLP too, computed at run time and counted in
-            the effective bits: ``dense``, as in the paper's weight-only results, or ``kronecker``, two small factors.
+        online: Matrices after the norms too, computed at run time and counted in the effective bits: ``dense``, as in
+            the paper's weight-only results, or ``kronecker``, two small factors, before the last linear of the MLP as
+            well.
         alpha: The scales start at max|x|^alpha / max|w|^(1 - alpha) per channel; ``search`` tries several.
         schedule: Of the learning rates: ``cosine`` lets them fall to zero, ``constant``, as in the paper, keeps them.
         aug_loss: Also fit to what the full-precision block makes of the quantized input. One more activation stream.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from plquant.quant.clipping import LearnedClipping
 from plquant.quant.token_quantize import TokenCodes, quantize_tokens, token_codes
 
 
@@ -15,9 +14,6 @@ class ActivationQuantizer(nn.Module):
         bits: Width of a code, 2 to 8.
         symmetric: No zero-point.
         offset: fp32 [K]: what the copies of a split channel add before rounding; ``None`` if no channel is split.
-
-    Attributes:
-        clip: Learned share of every token's range that is kept, one for all tokens; ``None`` keeps all of it.
     """
 
     offset: Tensor | None
@@ -26,22 +22,15 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.bits, self.symmetric = bits, symmetric
         self.register_buffer("offset", offset)
-        self.clip: LearnedClipping | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., K], of the same dtype."""
-        return quantize_tokens(x, self.bits, self.symmetric, self.offset, self._shares())
+        return quantize_tokens(x, self.bits, self.symmetric, self.offset)
 
     def codes(self, x: Tensor) -> TokenCodes:
-        """The integers behind ``forward``."""
-        return token_codes(x, self.bits, self.symmetric, self.offset, self._shares())
+        """The integers behind ``forward``, as integer kernels take them."""
+        return token_codes(x, self.bits, self.symmetric, self.offset)
 
     def extra_repr(self) -> str:
         """Width and kind, for ``print(model)``."""
         return f"bits={self.bits}, symmetric={self.symmetric}"
-
-    def _shares(self) -> tuple[Tensor, Tensor] | None:
-        if self.clip is None:
-            return None
-        low, high = self.clip()
-        return low.reshape(()), high.reshape(())

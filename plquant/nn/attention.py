@@ -67,7 +67,7 @@ def quantize_attention_(model: nn.Module, names: Iterable[str], grid: Activation
 
     Args:
         model: A language model, or some blocks of one.
-        names: Its attention modules, as ``find_attention`` gives them.
+        names: Its attention modules, as ``blocks.attentions`` finds them.
         grid: What to quantize; nothing is done if that is nothing inside of attention.
     """
     if not grid.in_attention:
@@ -85,32 +85,6 @@ def quantize_attention_(model: nn.Module, names: Iterable[str], grid: Activation
             _eager(module)  # refuses now
         config._attn_implementation = _registered(former)
         setattr(module, CHILD, AttentionQuantizer(grid))
-
-
-def find_attention(model: nn.Module, run: Callable[[], object]) -> list[str]:
-    """Names of the modules whose attention goes through transformers' interface while ``run()`` runs the model.
-
-    Args:
-        model: Language model.
-        run: A forward pass of it.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    names = {module: name for name, module in model.named_modules()}
-    found: dict[str, None] = {}
-
-    def watched(former: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found[names[module]] = None
-        return _implementation(former, module)(module, *args, **kwargs)
-
-    for former in ("sdpa", "eager"):
-        ALL_ATTENTION_FUNCTIONS[former] = partial(watched, former)
-    try:
-        run()
-    finally:
-        for former in ("sdpa", "eager"):
-            del ALL_ATTENTION_FUNCTIONS[former]
-    return list(found)
 
 
 def _registered(former: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,6 @@ from plquant.nn.attention import CHILD, AttentionQuantizer, quantize_attention_
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.online import attach_online_, make_ops, online_entries
 from plquant.nn.packed_linear import PackedLinear
-from plquant.quant.clipping import LearnedClipping
 from plquant.quant.grid import ActivationGrid, IntGrid
 
 
@@ -78,7 +78,7 @@ class PackedStructure:
 
         Args:
             model: The original model or block, its linears on the grid of the calibration or not.
-            tensors: Names of the tensors that will be loaded, which tell what an input quantizer has learned.
+            tensors: Names of the tensors that will be loaded, which tell whether an input quantizer has offsets.
         """
         with _in_float32():
             for name, grid in self.grids.items():
@@ -88,7 +88,9 @@ class PackedStructure:
                 packed.inputs = self._inputs(f"{name}.inputs", packed, tensors)
                 model.set_submodule(name, packed)
             for name, entry in self.online.items():
-                attach_online_(model.get_submodule(name), make_ops(entry))
+                module = model.get_submodule(name)
+                device = next(itertools.chain(module.parameters(), module.buffers())).device
+                attach_online_(module, [op.to(device) for op in make_ops(entry)])
         if self.activations is not None:
             quantize_attention_(model, self.attention, self.activations)
 
@@ -97,10 +99,7 @@ class PackedStructure:
             return None
         device = linear.weight_packed.device
         offset = torch.empty(linear.in_features, device=device) if f"{name}.offset" in tensors else None
-        quantizer = ActivationQuantizer(self.activations.bits, self.activations.symmetric, offset)
-        if f"{name}.clip.gamma" in tensors:
-            quantizer.clip = LearnedClipping(torch.Size((1, 1)), IntGrid(quantizer.bits, None)).to(device)
-        return quantizer
+        return ActivationQuantizer(self.activations.bits, self.activations.symmetric, offset)
 
 
 @contextmanager

@@ -33,8 +33,11 @@ class TransformedReader(nn.Module):
         """As the original's."""
         if not self.enabled:
             return self.reader(*args, **kwargs)
-        dtype = torch.promote_types(self.reader.get_parameter("weight").dtype, torch.float32)
-        return functional_call(self.reader, self.transformed(dtype), args, kwargs)
+        original = self.reader.get_parameter("weight")
+        dtype = torch.promote_types(original.dtype, torch.float32)
+        with torch.autocast(original.device.type, enabled=False):  # as in the fold
+            parameters = self.transformed(dtype)
+        return functional_call(self.reader, parameters, args, kwargs)
 
     def transformed(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Its parameters after the transforms, computed in ``dtype`` and rounded to its own."""

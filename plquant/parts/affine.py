@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.sites import QuerySite
-from plquant.parts.base import Part
+from plquant.parts.base import Part, check_rate
 from plquant.transforms.affine_matrix import AffineMatrix
 from plquant.transforms.gradual_mask import share_of_run
 from plquant.transforms.kronecker import KroneckerAffine
@@ -32,9 +33,10 @@ class Affine(Part):
         block: The block to calibrate.
         lr: Learning rate of the matrices (off-diagonals in units of their row's diagonal).
         stability: Constant factor on the off-diagonals, the paper's alpha: their rate is so much smaller.
-        online: Matrices after the norms and before the last linear of the MLP too. They do not fold: they are computed
-            at run time and counted in the effective bits. ``kronecker`` factors each into two small ones, ``dense``
-            does not, as in the paper's weight-only results; ``null`` leaves them out.
+        online: Matrices that do not fold: they are computed at run time, stored in the model's dtype and counted in the
+            effective bits. ``dense`` puts one over all channels after each norm, as in the paper's weight-only results;
+            ``kronecker`` one of two small factors there and before the last linear of the MLP; ``null`` leaves them
+            out.
     """
 
     place = "affine matrix"
@@ -47,6 +49,12 @@ class Affine(Part):
         online: Literal["kronecker", "dense"] | None = None,
     ) -> None:
         super().__init__(block)
+        check_rate("Affine", "let_lr", lr, 5e-3)
+        if not 0 < stability < math.inf:
+            raise ValueError(
+                f"Affine's stability={stability} (--model.method.stability) is not a factor on the off-diagonals that "
+                "lets them move; choose more than 0, up to the paper's 1"
+            )
         self.lr = lr
         self.transforms: list[AffineMatrix | KroneckerAffine | QueryKeyMatrix] = []
         self.pairs: list[RotaryPairs] = []
@@ -55,13 +63,14 @@ class Affine(Part):
             channels = block.num_channels(site)
             if site.head_dim is not None:
                 transform = AffineMatrix(channels, channels // site.head_dim, site.channel, stability)
-            elif online is None:
-                continue
             elif online == "kronecker":
                 transform = KroneckerAffine(len(site.channel), stability)
-            else:
+            elif online == "dense" and site.kind == "norm":
                 transform = AffineMatrix(len(site.channel), stability=stability, online=True)
-            if block.linears[site.consumers[0]].reads:  # a scale is learned there already
+            else:
+                continue
+            is_scaled = bool(block.linears[site.consumers[0]].reads)  # by LET
+            if is_scaled or not block.sees_scale(site, folds=not transform.is_online):
                 for name, parameter in transform.named_parameters():
                     parameter.requires_grad_(not name.endswith("log_scale"))
             block.transform_(site, transform)

@@ -12,6 +12,8 @@ from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.parts.base import Part
 from plquant.quant.affine import QTensor
 from plquant.quant.axis import AXES, Axis, choose_axis, output_error
+from plquant.quant.clip_search import mse_clip
+from plquant.quant.clipping import FixedClipping
 
 
 class AxisChoice(Part):
@@ -67,7 +69,10 @@ class AxisChoice(Part):
         own_grid, learned = linear.grid, linear.clip
         for axis in AXES:
             linear.grid = replace(own_grid, axis=axis)
-            linear.clip = learned if axis == own_grid.axis else None
+            if learned is not None and axis != own_grid.axis:  # no learned clipping there, but a fair comparison
+                dense = linear.transformed().dense()
+                linear.clip = FixedClipping(*mse_clip(dense, linear.grid, linear.weight.dtype, hessian.diagonal()))
             found[axis] = rounding(linear, hessian)
-        linear.grid, linear.clip = own_grid, learned
+            linear.clip = learned
+        linear.grid = own_grid
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -100,6 +101,24 @@ class Rounding(Part):
             hessian: Of what is multiplied with its weight, [I, I], if this part asks for it.
         """
         return linear.quantize()
+
+
+def check_rate(part: str, option: str, lr: float, usual: float) -> None:
+    """Refuse what is no learning rate.
+
+    Args:
+        part: Name of the part.
+        option: Name of the preset's option that sets it.
+        lr: What was given.
+        usual: A sensible value.
+
+    Raises:
+        ValueError: It is negative, infinite or no number.
+    """
+    if not 0 <= lr < math.inf:
+        raise ValueError(
+            f"{part}'s lr={lr} (--model.method.{option}) is not a learning rate; choose 0 or more, such as {usual}"
+        )
 
 
 MakePart: TypeAlias = Callable[[QuantBlock], Part]

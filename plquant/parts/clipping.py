@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from plquant.blocks.quant_block import QuantBlock
-from plquant.parts.base import Part
+from plquant.parts.base import Part, check_rate
 from plquant.quant.clipping import LearnedClipping
 
 
@@ -22,6 +22,7 @@ class LWC(Part):
 
     def __init__(self, block: QuantBlock, lr: float = 1e-1, init: float = 4.0) -> None:
         super().__init__(block)
+        check_rate("LWC", "lwc_lr", lr, 1e-1)
         self.lr = lr
         self.clips: list[LearnedClipping] = []
         for linear in block.linears.values():

@@ -11,7 +11,7 @@ from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.parts.base import Rounding
 from plquant.quant.affine import QTensor
 from plquant.quant.clip_search import mse_clip
-from plquant.quant.clipping import FixedClipping
+from plquant.quant.clipping import FixedClipping, LearnedClipping
 from plquant.quant.gptq import gptq_round
 
 
@@ -32,14 +32,18 @@ class GPTQRounding(Rounding):
     def __init__(self, block: QuantBlock, clip: bool = True, damp: float = 0.01, act_order: bool = True) -> None:
         super().__init__(block)
         if not 0 <= damp < 1:
-            raise ValueError(f"damp={damp} is not a share of the Hessian's mean diagonal; choose one from 0 to 1")
+            raise ValueError(
+                f"--model.method.damp={damp} is not a share of the Hessian's mean diagonal; "
+                "choose 0 or more and less than 1, such as 0.01"
+            )
         self.clip, self.damp, self.act_order = clip, damp, act_order
 
     def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
         """Codes of least error on the inputs that gave the Hessian."""
         assert hessian is not None
-        unlearned: Literal["mse"] | None = "mse" if self.clip else None
-        clip = unlearned if linear.clip is None else linear.clip()
+        clip: tuple[Tensor, Tensor] | Literal["mse"] | None = None if linear.clip is None else linear.clip()
+        if self.clip and not isinstance(linear.clip, LearnedClipping):
+            clip = "mse"  # of each column as it comes to be rounded: better than shares fixed before
         return gptq_round(
             linear.transformed().dense(), hessian, linear.grid, clip, linear.weight.dtype, self.damp, self.act_order
         )

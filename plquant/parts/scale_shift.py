@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.sites import Site
-from plquant.parts.base import Fitting, Part
-from plquant.quant.observers import ChannelAbsMax
+from plquant.parts.base import Fitting, Part, check_rate
+from plquant.quant.observers import ChannelRange
 from plquant.transforms.rotary_pairs import RotaryPairs
 from plquant.transforms.scale_shift import ScaleShift
 
@@ -28,9 +28,9 @@ class LET(Part):
         block: The block to calibrate.
         lr: Learning rate of the logarithms of the scales, and of the shifts.
         alpha: The scales start at max|x|^alpha / max|w|^(1 - alpha) per channel, as in SmoothQuant; ``search`` tries
-            several and keeps the one with the least error of the block; ``null`` starts at the identity. Those between
-            queries and keys start at the identity.
-        shift: Learn shifts where they fold.
+            several and keeps the one with the least error of the block; ``null`` starts at the identity, without shift.
+            Those between queries and keys start at the identity.
+        shift: Learn shifts where they fold, from the middle of each channel's range on.
     """
 
     place = "scale and shift"
@@ -43,8 +43,14 @@ class LET(Part):
         shift: bool = True,
     ) -> None:
         super().__init__(block)
+        check_rate("LET", "let_lr", lr, 5e-3)
+        if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
+            raise ValueError(
+                f"LET's alpha={alpha} (--model.method.alpha) is not a share of the difficulty that goes to the "
+                'weights; choose one from 0 to 1, "search" or null'
+            )
         self.lr, self.alpha = lr, alpha
-        self.sites = [site for site in block.sites if not self._is_redundant(site)]
+        self.sites = [site for site in block.sites if block.sees_scale(site)]
         self.transforms: list[ScaleShift] = []
         for site in self.sites:
             transform = ScaleShift(block.num_channels(site), site.channel, shift=shift and site.admits_shift)
@@ -69,10 +75,14 @@ class LET(Part):
         return {self.lr: [p for transform in (*self.transforms, *self.pairs) for p in transform.parameters()]}
 
     def start(self, fitting: Fitting) -> None:
-        """Start the scales from the activations."""
+        """Start the shifts and scales from the activations in full precision."""
         if not self.transforms or self.alpha is None:
             return
-        abs_max = fitting.observe(ChannelAbsMax)
+        ranges = fitting.observe(ChannelRange)
+        abs_max = [
+            self._start_shift(site, transform, ranges)
+            for site, transform in zip(self.sites, self.transforms, strict=True)
+        ]
         if self.alpha != "search":
             self._set(abs_max, self.alpha)
             return
@@ -83,23 +93,32 @@ class LET(Part):
         self._set(abs_max, min(ALPHAS, key=lambda alpha: errors[alpha]))
 
     @torch.no_grad()
-    def _set(self, abs_max: dict[str, Tensor], alpha: float) -> None:
-        for site, transform in zip(self.sites, self.transforms, strict=True):
-            transform.log_scale.copy_(self._initial_log_scale(site, abs_max, alpha))
+    def _start_shift(self, site: Site, transform: ScaleShift, ranges: dict[str, Tensor]) -> Tensor:
+        """Set the shift, if one is learned; returns max|x| of each input channel after it, [I]."""
+        low, high = torch.stack([ranges[name] for name in site.consumers]).unbind(1)
+        low, high = low.amin(0), high.amax(0)
+        seen = low <= high  # experts may have no token
+        low, high = low.where(seen, 0), high.where(seen, 0)
+        if transform.shift is not None:
+            shift = (self._per_source(site, high, "amax") + self._per_source(site, low, "amin")) / 2
+            transform.shift.copy_(shift)
+            low, high = (end - shift[site.channel.to(end.device)] for end in (low, high))
+        return torch.maximum(high, -low)
 
-    def _is_redundant(self, site: Site) -> bool:
-        """Nothing sees the scale: groups of one input channel do not (nor does a norm, nor a row's own scale)."""
-        consumers = [self.block.linears[name] for name in site.consumers]
-        source_sees = site.kind == "linear" and self.block.linears[site.source].grid.axis == "out"
-        return not source_sees and all(linear.grid.axis == "out" and linear.inputs is None for linear in consumers)
+    @torch.no_grad()
+    def _set(self, abs_max: list[Tensor], alpha: float) -> None:
+        for site, transform, x in zip(self.sites, self.transforms, abs_max, strict=True):
+            transform.log_scale.copy_(self._initial_log_scale(site, x, alpha))
 
-    def _initial_log_scale(self, site: Site, abs_max: dict[str, Tensor], alpha: float) -> Tensor:
+    def _initial_log_scale(self, site: Site, abs_max: Tensor, alpha: float) -> Tensor:
         """SmoothQuant's scale per source channel, its maxima taken over all consumers; geometric mean 1."""
         weights = [self.block.linears[name].weight.abs().amax(0).float() for name in site.consumers]
         w = torch.stack(weights).amax(0).clamp(min=1e-5)
-        x = torch.stack([abs_max[name] for name in site.consumers]).amax(0).clamp(min=1e-5)
-        log_scale = alpha * x.log() - (1 - alpha) * w.log()
-        channel = site.channel.to(log_scale.device)
-        per_source = log_scale.new_full((self.block.num_channels(site),), -torch.inf)
-        per_source.scatter_reduce_(0, channel, log_scale, "amax")
+        log_scale = alpha * abs_max.clamp(min=1e-5).log() - (1 - alpha) * w.log()
+        per_source = self._per_source(site, log_scale, "amax")
         return (per_source - per_source.mean()).clamp(-4.6, 4.6)  # within a factor of 100
+
+    def _per_source(self, site: Site, values: Tensor, reduce: Literal["amax", "amin"]) -> Tensor:
+        """Of what is known of each input channel, [I], the extreme over those that read one source channel, [C]."""
+        out = values.new_zeros(self.block.num_channels(site))
+        return out.scatter_reduce_(0, site.channel.to(values.device), values, reduce, include_self=False)

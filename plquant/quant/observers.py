@@ -30,6 +30,33 @@ class ChannelAbsMax(Metric):
         return self.abs_max
 
 
+class ChannelRange(Metric):
+    """Least and greatest value seen in each channel, fp32 [2, I]; inf and -inf before the first token.
+
+    Args:
+        channels: Width of the activations, I.
+    """
+
+    full_state_update = False
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.add_state("low", torch.full((channels,), torch.inf), dist_reduce_fx="min")
+        self.add_state("high", torch.full((channels,), -torch.inf), dist_reduce_fx="max")
+
+    def update(self, x: Tensor) -> None:
+        """Take in activations [..., I]."""
+        x = x.flatten(0, -2)
+        self.low = torch.minimum(self.low, x.amin(0).float())
+        self.high = torch.maximum(self.high, x.amax(0).float())
+
+    def compute(self) -> Tensor:
+        """Both so far."""
+        return torch.stack([self.low, self.high])
+
+
 class Hessian(Metric):
     """Mean of x x^T over all tokens x, fp32 [I, I]: the Hessian of E ||W x||^2 / 2 in each row of W (GPTQ's, halved).
 

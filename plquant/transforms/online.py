@@ -1,7 +1,8 @@
 """What is left of a transform at run time: modules without parameters, in the quantized model and its checkpoint.
 
 An operation is named by its ``kind`` and made from its ``config``, sizes in JSON; its tensors are buffers like any
-other. They are stored in fp32 unless the module is cast, and used in the dtype of what they are multiplied with.
+other. Matrices are used in the dtype of what they are multiplied with, and stored in that of the model: rounding a
+matrix before it is stored or when it is used gives the same numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,14 @@ import torch
 from torch import Tensor, nn
 
 # Letters: I input channels of a linear; h blocks of n channels, or n1 x n2 channels of a Kronecker product.
+
+
+def _name(dtype: torch.dtype) -> str:
+    """As JSON: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {_name(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 class OnlineOp(nn.Module):
@@ -99,13 +108,14 @@ class MatrixOp(OnlineOp):
         self.register_buffer("shift", shift)
 
     @classmethod
-    def empty(cls, blocks: int, size: int, shift: bool) -> MatrixOp:
+    def empty(cls, blocks: int, size: int, shift: bool, dtype: str) -> MatrixOp:
         """One to load tensors into: ``blocks`` matrices of width ``size``."""
-        return cls(torch.empty(blocks, size, size), torch.empty(blocks * size) if shift else None)
+        return cls(torch.empty(blocks, size, size), torch.empty(blocks * size) if shift else None).to(_DTYPES[dtype])
 
     def config(self) -> dict[str, Any]:
-        """Sizes."""
-        return {"blocks": len(self.matrix), "size": self.matrix.shape[1], "shift": self.shift is not None}
+        """Sizes and dtype."""
+        sizes = {"blocks": len(self.matrix), "size": self.matrix.shape[1], "shift": self.shift is not None}
+        return {**sizes, "dtype": _name(self.matrix.dtype)}
 
     @property
     def macs_per_token(self) -> int:
@@ -135,13 +145,13 @@ class KroneckerOp(OnlineOp):
         self.register_buffer("right", right.contiguous())
 
     @classmethod
-    def empty(cls, left: int, right: int) -> KroneckerOp:
+    def empty(cls, left: int, right: int, dtype: str) -> KroneckerOp:
         """One to load tensors into, of these widths."""
-        return cls(torch.empty(left, left), torch.empty(right, right))
+        return cls(torch.empty(left, left), torch.empty(right, right)).to(_DTYPES[dtype])
 
     def config(self) -> dict[str, Any]:
-        """Widths of the factors."""
-        return {"left": len(self.left), "right": len(self.right)}
+        """Widths of the factors, and dtype."""
+        return {"left": len(self.left), "right": len(self.right), "dtype": _name(self.left.dtype)}
 
     @property
     def macs_per_token(self) -> int:

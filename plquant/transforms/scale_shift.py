@@ -47,39 +47,6 @@ def consumer_bias(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> 
     return bias + weight.to(bias.dtype) @ shift.to(bias.dtype)
 
 
-def fold_source(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None = None, gain_offset: float = 0.0
-) -> tuple[Tensor, Tensor | None]:
-    """The source's parameters after the transform: its output becomes ``(y - shift) / scale``.
-
-    Args:
-        weight: [C] of a norm, whose gain is ``weight + gain_offset``, or [C, I] of a linear.
-        bias: [C] or ``None``.
-        scale: [C], positive.
-        shift: [C] or ``None``.
-        gain_offset: 1.0 for norms which multiply by ``1 + weight`` (Gemma), else 0.0.
-    """
-    if weight.ndim == 1:
-        weight = (weight + gain_offset) / scale.to(weight.dtype) - gain_offset
-    else:
-        weight = weight / scale[:, None].to(weight.dtype)
-    return weight, source_bias(bias, scale, shift)
-
-
-def fold_consumer(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """A consumer's parameters after the transform.
-
-    Args:
-        weight: [O, I], from before the transform.
-        bias: [O] or ``None``.
-        scale: [I]: the source's scale, gathered to the consumer's input channels.
-        shift: [I], gathered likewise, or ``None``.
-    """
-    return weight * scale, consumer_bias(weight, bias, shift)
-
-
 class ScaleShift(Transform):
     """The learnable scale and shift of one site.
 
@@ -116,7 +83,8 @@ class ScaleShift(Transform):
 
     def write_norm(self, weight: Tensor, bias: Tensor | None, gain_offset: float) -> tuple[Tensor, Tensor | None]:
         """The norm's gain, ``weight + gain_offset``, divided by the scale; the bias as that of a linear."""
-        return fold_source(weight, bias, self.scale, self.shift, gain_offset)
+        weight = (weight + gain_offset) / self.scale.to(weight.dtype) - gain_offset
+        return weight, source_bias(bias, self.scale, self.shift)
 
     def read_weight(self, weight: ScaledWeight) -> ScaledWeight:
         """The weight: ``W diag(scale)``."""

@@ -16,8 +16,9 @@ from plquant.blocks.discovery import find_blocks, find_places, find_sites, struc
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.proof import _AllDouble
 from plquant.blocks.sites import QuerySite, Site
-from plquant.quant.grid import IntGrid
-from plquant.transforms.scale_shift import fold_consumer, fold_source
+from plquant.quant.grid import ActivationGrid, IntGrid
+from plquant.quant.scaled_weight import ScaledWeight
+from plquant.transforms.scale_shift import ScaleShift
 from tests.blocks.prepared import NUM_TOKENS, Toy, X, places_of, prepare, prepared
 from tests.families import FAMILIES, VOCAB, tiny_model
 
@@ -145,13 +146,17 @@ def test_folding_everywhere_leaves_the_logits_of_the_real_model(family: str) -> 
 def fold_scale_(block: nn.Module, site: Site, generator: torch.Generator) -> None:
     """Fold a random scale, and shift where admitted, in place."""
     weight, bias = parameters(block, site.source, site.rows)
-    scale = torch.empty(len(weight), dtype=torch.float64).uniform_(0.5, 2, generator=generator)
-    shift = torch.empty_like(scale).uniform_(-1, 1, generator=generator) if site.admits_shift else None
-    copy_((weight, bias), fold_source(weight, bias, scale, shift, site.gain_offset))
+    transform = ScaleShift(len(weight), site.channel, site.admits_shift).double()
+    for parameter in transform.parameters():
+        parameter.uniform_(-0.7, 0.7, generator=generator)
+    if weight.ndim == 1:
+        copy_((weight, bias), transform.write_norm(weight, bias, site.gain_offset))
+    else:
+        copy_((weight, bias), (transform.write_weight(ScaledWeight(weight)).dense(), transform.write_bias(bias)))
     for name in site.readers:
         weight, bias = parameters(block, name)
-        shift_in = None if shift is None else shift[site.channel]
-        copy_((weight, bias), fold_consumer(weight, bias, scale[site.channel], shift_in))
+        new_bias = transform.read_bias(weight, bias)
+        copy_((weight, bias), (transform.read_weight(ScaledWeight(weight)).dense(), new_bias))
 
 
 def fold_matrix_(block: nn.Module, site: Site, generator: torch.Generator) -> None:
@@ -388,12 +393,11 @@ def test_structure_tells_biases_shapes_and_classes_apart() -> None:
 def test_prepared_blocks_carry_the_places_of_their_layers(family: str) -> None:
     lm = tiny_model(family, num_hidden_layers=3)
     ids = torch.randint(3, VOCAB, (2, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-    blocks = prepare_blocks(lm, IntGrid(4, 16), ids, blocks_per_fit=2)
+    blocks = prepare_blocks(lm, IntGrid(4, 16), ids, ActivationGrid(4), blocks_per_fit=2)
     assert [len(block.sites) for block in blocks] == [2 * len(SITES[family]), len(SITES[family])]
     keys = [[site.key for site in block.query_sites] for block in blocks]
     assert keys == [["0.self_attn.k_proj", "1.self_attn.k_proj"], ["2.self_attn.k_proj"]]
-    names = [[attention.name for attention in block.attentions] for block in blocks]
-    assert names == [["0.self_attn", "1.self_attn"], ["2.self_attn"]]
+    assert [list(block.structure().attention) for block in blocks] == [["0.self_attn", "1.self_attn"], ["2.self_attn"]]
     for block in blocks:
         for site in block.sites:
             assert block.num_channels(site) == int(site.channel.max()) + 1

@@ -55,9 +55,9 @@ def test_rotary_pairs_at_query_sites(family: str, rotate: bool) -> None:
     shape = site.heads, site.kv_heads, site.head_dim
     rotate = rotate and site.kind == "linear"
     assert move_by(family, site, RotaryPairs(*shape, site.pairs, site.free, site.kind, rotate)) < 1e-13
-    if len(site.pairs):  # negative control: pair what RoPE does not
+    if len(site.pairs):
         assert move_by(family, site, RotaryPairs(*shape, site.pairs.roll(1, 0), site.free, site.kind, rotate)) < 1e-13
-        wrong = site.pairs.flatten().roll(1).view(-1, 2)
+        wrong = site.pairs.flatten().roll(1).view(-1, 2)  # negative control: pair what RoPE does not
         assert move_by(family, site, RotaryPairs(*shape, wrong, site.free, site.kind, rotate)) > 1e-3
 
 

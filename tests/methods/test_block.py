@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import pytest
@@ -16,11 +16,14 @@ from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.proof import _AllDouble
 from plquant.blocks.quant_block import QuantBlock
-from plquant.methods import QLLM, RTN, AffineQuant, OmniQuant
+from plquant.methods import GPTQ, QLLM, RTN, AffineQuant, OmniQuant
 from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.nn.online import Online
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.transformed_norm import TransformedNorm
+from plquant.parts.affine import Affine
+from plquant.parts.scale_shift import LET
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.transforms.dominant_matrix import DominantMatrix
 from plquant.transforms.scale_shift import ScaleShift
@@ -143,6 +146,68 @@ def test_packed_bf16_weights_are_the_trained_ones_bit_for_bit() -> None:
         assert torch.equal(block.layers.get_submodule(name)(inputs[name]), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("online", "places"), [("dense", 2), ("kronecker", 3)])
+def test_matrices_that_run_are_stored_as_they_are_multiplied(
+    online: Literal["dense", "kronecker"], places: int, dtype: torch.dtype
+) -> None:
+    """After the norms, the factored ones in front of down_proj too; in the model's dtype, and counted so."""
+    block, _ = make_block("llama", dtype)
+    module = AffineQuant(block, online=online)
+    randomize_(module)
+    running = {
+        name: [t for t in (m.transforms if isinstance(m, TransformedNorm) else m.online) if t.is_online]
+        for name, m in block.layers.named_modules()
+        if isinstance(m, TransformedNorm | FakeQuantLinear)
+    }
+    inputs = {
+        name: torch.randn(2, 7, 96 if "down" in name else 64).to(dtype) for name, found in running.items() if found
+    }
+    with torch.no_grad():
+        trained = {name: running[name][0].online(x) for name, x in inputs.items()}
+        module.fold()
+    assert len(inputs) == places and sum(isinstance(m, Online) for m in block.modules()) == places
+    for name, x in inputs.items():
+        (op,) = block.layers.get_submodule(name).online
+        assert torch.equal(op(x), trained[name])
+        assert op.stored_bits == torch.finfo(dtype).bits * sum(buffer.numel() for buffer in op.buffers())
+
+
+@pytest.mark.parametrize("online", ["dense", "kronecker"])
+def test_a_scale_that_nothing_sees_is_not_learned(online: Literal["dense", "kronecker"]) -> None:
+    """Groups along the output have a scale for each input channel, and see one only in the linear that writes them."""
+    block, _ = make_block("llama", grid=IntGrid(3, 16, axis="out"))
+    seen = [site for site in block.sites if block.sees_scale(site)]
+    assert {site.kind for site in seen} == {"linear"} and len(seen) == 2
+    assert not any(block.sees_scale(site, folds=False) for site in block.sites)
+    assert LET(block).sites == seen
+
+    def scales(axis: Literal["in", "out"]) -> int:
+        part = Affine(make_block("llama", grid=IntGrid(3, 16, axis=axis))[0], online=online)
+        named = [pair for transform in part.transforms for pair in transform.named_parameters()]
+        return sum(name.endswith("log_scale") and p.requires_grad for name, p in named)
+
+    assert scales("in") == (1 + 2 if online == "dense" else 1 + 2 * 3)
+    assert scales("out") == 1  # between v and o
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(OmniQuant, lwc_lr=-1.0), r"LWC's lr=-1.0 \(--model.method.lwc_lr\).*such as 0.1"),
+        (partial(OmniQuant, let_lr=-1.0), r"LET's lr=-1.0 \(--model.method.let_lr\)"),
+        (partial(OmniQuant, alpha=1.5), r"LET's alpha=1.5 \(--model.method.alpha\).*from 0 to 1"),
+        (partial(Affine, lr=float("nan")), r"Affine's lr=nan"),
+        (partial(AffineQuant, stability=-0.1), r"stability=-0.1 \(--model.method.stability\).*more than 0"),
+        (partial(GPTQ, damp=1.0), r"--model.method.damp=1.0.*less than 1"),
+    ],
+)
+def test_nonsense_is_refused(make: Callable[[QuantBlock], object], message: str) -> None:
+    block, _ = make_block("llama")
+    with pytest.raises(ValueError, match=message):
+        make(block)
+
+
 FITTED: dict[str, tuple[Callable[[QuantBlock], BlockModule], ActivationGrid | None]] = {
     "OmniQuant": (partial(OmniQuant, alpha=None, lwc_lr=3e-2), None),
     "OmniQuant A4": (partial(OmniQuant, alpha=None, lwc_lr=3e-2), ActivationGrid(4)),
@@ -256,6 +321,26 @@ def test_transforms_start_at_smoothquants_scale() -> None:
     expected = ratio.view(4, -1).amax(0).log()  # one key-value head, read by four query heads
     (transform,) = block.linears["0.self_attn.v_proj"].writes
     assert isinstance(transform, ScaleShift)
+    torch.testing.assert_close(transform.log_scale.detach(), expected - expected.mean())
+
+
+def test_shifts_start_in_the_middle_of_the_range() -> None:
+    """Of OPT, whose biases take them up; scales start from what is left."""
+    block, x = make_block("opt")
+    module = OmniQuant(block, alpha=0.5)
+    module.activations = Activations((x, x), 2, 0)
+    module.configure_model()
+    linears = [block.linears[f"0.self_attn.{name}_proj"] for name in "qkv"]
+    seen: list[Tensor] = []
+    linears[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad(), block.full_precision():
+        block(x)
+    low, high = seen[0].amin((0, 1)), seen[0].amax((0, 1))
+    (transform,) = linears[0].reads
+    assert isinstance(transform, ScaleShift) and transform.shift is not None
+    torch.testing.assert_close(transform.shift.detach(), (low + high) / 2)
+    weight = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
+    expected = (((high - low) / 2).sqrt() / weight.sqrt()).log()
     torch.testing.assert_close(transform.log_scale.detach(), expected - expected.mean())
 
 

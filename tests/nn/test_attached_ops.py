@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.online import attach_online_, make_ops, online_entries
 from plquant.nn.packed_linear import PackedLinear
+from plquant.nn.packed_structure import PackedStructure
 from plquant.quant.fake_quantize import quantize_weight
-from plquant.quant.grid import IntGrid
+from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.quant.token_quantize import quantize_tokens
 from tests.online_op import Mix
 
@@ -59,3 +60,18 @@ def test_they_are_written_as_json_and_made_again() -> None:
     for new, op in zip(again, block["down"].online, strict=True):
         new.load_state_dict(op.state_dict())
         assert torch.equal(new(x()), op(x()))
+
+
+def test_they_are_built_where_the_module_is() -> None:
+    grids = {name: IntGrid(4, 8) for name in ("down", "plain")}
+    online = {
+        "norm": {"at": "output", "ops": [{"kind": "test-mix", "config": {"width": 16}}]},
+        "down": {"at": "input", "ops": [{"kind": "kronecker", "config": {"left": 4, "right": 4, "dtype": "bfloat16"}}]},
+    }
+    modules = {"norm": nn.RMSNorm(16), "down": nn.Linear(16, 8), "plain": nn.Linear(16, 8)}
+    block = nn.ModuleDict(modules).to("meta")
+    PackedStructure(grids, ActivationGrid(4), (), online).build_(block, {"down.inputs.offset"})
+    tensors = {name: t for name, t in block.state_dict().items() if not name.endswith("weight_shape")}
+    assert {name.split(".")[0] for name in tensors if ".online." in name} == {"norm", "down"}
+    assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
+    assert tensors["down.online.0.left"].dtype == torch.bfloat16

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from plquant.quant.observers import Hessian
+from plquant.quant.observers import ChannelRange, Hessian
 
 
 def activations(*shape: int, seed: int = 0) -> Tensor:
@@ -82,3 +82,12 @@ def test_no_tokens_give_zeros() -> None:
     metric = Hessian(8)
     metric.update(activations(0, 8))
     assert torch.equal(metric.compute(), torch.zeros(8, 8))
+
+
+def test_the_range_of_each_channel_over_all_batches() -> None:
+    x, metric, other = activations(40, 8) + 3, ChannelRange(8), ChannelRange(8)
+    metric.update(x[:7].view(1, 7, 8))
+    other.update(x[7:].bfloat16())
+    metric.merge_state(other)
+    seen_x = torch.cat([x[:7], x[7:].bfloat16().float()])
+    assert torch.equal(metric.compute(), torch.stack([seen_x.amin(0), seen_x.amax(0)]))

@@ -6,8 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plquant.nn.activation_quantizer import ActivationQuantizer
-from plquant.quant.clipping import LearnedClipping
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.quant.token_quantize import quantize_tokens, token_codes
 
@@ -134,17 +132,6 @@ def test_an_outlier_feels_the_step_it_forces_on_the_others() -> None:
     x = torch.cat([torch.full((1, 1), 100.0), random(1, 63, dtype=torch.float32)], dim=1).requires_grad_()
     (quantize_tokens(x, 4) - x.detach())[:, 1:].square().sum().backward()
     assert x.grad is not None and x.grad[0, 0] > 0.01
-
-
-def test_clipping_is_learned_and_saved_by_the_module() -> None:
-    quantizer, x = ActivationQuantizer(4), random(10, 16, dtype=torch.float32)
-    full = quantizer(x)
-    quantizer.clip = LearnedClipping(torch.Size((1, 1)), IntGrid(4, None), init=1.0)
-    clipped = quantizer(x)
-    assert not torch.equal(clipped, full) and torch.equal(clipped, quantizer.codes(x).dequantize())
-    (clipped - x).square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad != 0 for parameter in quantizer.clip.parameters())
-    assert set(quantizer.state_dict()) == {"clip.gamma", "clip.beta"}
 
 
 @pytest.mark.parametrize("name", ["bits", "kv", "probabilities"])
