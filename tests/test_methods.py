@@ -1,5 +1,6 @@
 """Every method from the checkpoint to the folder and back: what was evaluated is what is saved, loaded and run."""
 
+import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,6 +116,29 @@ def test_what_cannot_work_is_refused_before_the_run(
     with pytest.raises(ValueError, match=reason):
         calibrate(checkpoint, tmp_path / "out", partial(pq.methods.Composed, parts=parts), **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_axis_that_groups_do_not_divide_is_refused_before_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    """One key-value head of 8 channels: groups of 16 run along the input of k, not along its output."""
+    lm = tiny_model("llama_mqa", vocab_size=258, max_position_embeddings=256)
+    lm.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"group_size=16 does not divide(?s:.)*[kv]_proj  out_features=8"):
+        calibrate(tmp_path / "model", tmp_path / "out", pq.methods.AdaDim)
+    assert not (tmp_path / "out").exists()
+
+
+def test_condition_numbers_are_logged(checkpoint: Path, tmp_path: Path) -> None:
+    model = pq.QuantizedLM(str(checkpoint), pq.methods.AffineQuant, pq.IntGrid(3, 16))
+    data = pq.data.BuiltinText(num_samples=4, seq_len=48, eval_seq_len=64, eval_windows=2)
+    logger = CSVLogger(tmp_path / "log")
+    trainer = pq.BlockwiseTrainer(max_epochs=2, accelerator="cpu", enable_progress_bar=False, logger=logger)
+    trainer.calibrate(model, data, output_dir=str(tmp_path / "out"), evaluate=False)
+    logger.save()
+    (metrics,) = (tmp_path / "log").rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(metrics.open()) if row["condition number"]]
+    assert len(rows) == 6 and all(1 <= float(row["condition number"]) < 200 for row in rows)
+    assert any(float(row["condition number"]) > 1.0001 for row in rows)
 
 
 def test_blocks_fitted_together(checkpoint: Path, tmp_path: Path) -> None:

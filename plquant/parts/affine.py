@@ -105,3 +105,8 @@ class Affine(Part):
         for transform in self.transforms:
             for parameter, opened in transform.progress_(share_of_run(epoch, epochs)):
                 reset_state_(optimizer, parameter, opened)
+
+    def figures(self) -> dict[str, float]:
+        """The largest condition number of its matrices."""
+        found = [float(transform.condition_number()) for transform in self.transforms]
+        return {"condition number": max(found)} if found else {}

@@ -29,6 +29,7 @@ class AxisChoice(Part):
     """
 
     place = "axis"
+    axes = AXES
 
     def __init__(self, block: QuantBlock, tie: bool = False) -> None:
         super().__init__(block)
