@@ -7,6 +7,9 @@ Interleaved runs, medians; a table for people, the last line is JSON. Three ways
     plain     bf16 forward + backward of the block, gradients for its weights, no quantization
     plquant   a step of OmniQuant at all sites through its training_step, bf16 autocast, backward, AdamW
     fp32      the same step in plain autograd operations and fp32, as the papers' code computes it
+
+and what the loop makes of it: a step inside Trainer.fit, and a whole block (--samples times --epochs steps, its start,
+folding, packing, and both streams of activations passed on).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -29,8 +33,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from plquant import IntGrid
-from plquant.block_module import BlockModule, token_error
+from plquant import BlockwiseTrainer, IntGrid
+from plquant.block_module import BlockModule, RunProgress, token_error
 from plquant.blocks.activations import Activations
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
@@ -136,6 +140,20 @@ def time_fit(tokens: int, grid: IntGrid, steps: int) -> float:
     return (time.perf_counter() - start) * 1e3 / steps
 
 
+def time_block(tokens: int, grid: IntGrid, samples: int, epochs: int) -> float:
+    """Seconds for a block, as ``BlockwiseTrainer.calibrate`` runs it."""
+    block, x, _ = make_block(tokens, torch.bfloat16, grid)
+    x_q, x_fp = x.repeat(samples, 1, 1), x.repeat(samples, 1, 1)
+    trainer = BlockwiseTrainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False)
+    model: Any = SimpleNamespace(method=OmniQuant)
+    return trainer._calibrate_block(block, model, 1, x_q, x_fp, RunProgress(0, 1)).seconds
+
+
+def peak_memory() -> float:
+    """Of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each, one after the other in every round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -170,6 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 2048], help="tokens of a step")
     parser.add_argument("--repeats", type=int, default=30, help="rounds")
+    parser.add_argument("--samples", type=int, default=32, help="sequences that a block is fitted to, one a step")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over them")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group_size", type=int, default=64)
     parser.add_argument(
@@ -179,21 +199,22 @@ def main() -> None:
     grid = IntGrid(options.bits, options.group_size)
     rows: list[dict[str, Any]] = []
     for tokens in options.tokens:
+        row: dict[str, Any] = {"tokens": tokens, "samples": options.samples, "epochs": options.epochs}
+        seconds = time_block(tokens, grid, options.samples, options.epochs)
+        peak = peak_memory()  # before the other two, which need more
         ours, _ = omniquant_step(tokens, grid, plain=False)
         papers, _ = omniquant_step(tokens, grid, plain=True)
-        row: dict[str, Any] = {"tokens": tokens}
         row |= measure({"plain": plain_step(tokens, grid), "plquant": ours, "fp32": papers}, options.repeats)
         row["in Trainer.fit"] = time_fit(tokens, grid, options.repeats)
         row |= {"plquant / plain": row["plquant"] / row["plain"], "plquant / fp32": row["plquant"] / row["fp32"]}
-        row["tokens per second"] = tokens / row["in Trainer.fit"] * 1e3
+        row |= {"tokens per second": tokens / row["in Trainer.fit"] * 1e3, "s per block": seconds, "peak GiB": peak}
         rows.append(row)
     print(" | ".join(f"{name:>17}" for name in rows[0]))
     for row in rows:
-        print(" | ".join(f"{value:17.2f}" for value in row.values()))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"milliseconds, medians of {options.repeats}; {torch.get_num_threads()} threads; peak memory {peak:.2f} GiB")
+        print(" | ".join(f"{value:17.2f}" if isinstance(value, float) else f"{value:17d}" for value in row.values()))
+    print(f"steps in milliseconds, medians of {options.repeats}; {torch.get_num_threads()} threads")
     write_csv(Path(options.results), rows)
-    print(json.dumps({"rows": rows, "threads": torch.get_num_threads(), "peak_gib": peak, "torch": torch.__version__}))
+    print(json.dumps({"rows": rows, "threads": torch.get_num_threads(), "torch": torch.__version__}))
 
 
 if __name__ == "__main__":
