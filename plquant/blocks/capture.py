@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from plquant.blocks.nested import map_tensors
+from plquant.evaluating import evaluating
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
@@ -35,7 +38,7 @@ def capture_inputs(
         batch_size: Sequences per forward pass.
     """
     inputs: Tensor | None = None
-    with _evaluating(lm):
+    with evaluating(lm):
         for start in range(0, len(ids), batch_size):
             batch = ids[start : start + batch_size]
             hidden, _ = _calls(lm, blocks[:1], batch)[0]
@@ -62,12 +65,11 @@ def capture_calls(lm: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], id
     """
     if len(ids) != 1:
         raise ValueError(f"ids has shape {list(ids.shape)}; pass one sequence [1, T], the calls serve any batch size.")
-    shared: list[Tensor] = []
-    with _evaluating(lm):
+    known: list[Tensor] = []
+    with evaluating(lm):
         calls = _calls(lm, blocks, ids)
-    return [
-        {key: _share(value, shared) for key, value in arguments.items() if key not in _CACHES} for _, arguments in calls
-    ]
+    own = [{key: value for key, value in arguments.items() if key not in _CACHES} for _, arguments in calls]
+    return [map_tensors(lambda tensor: _shared(tensor, known), arguments) for arguments in own]
 
 
 def _calls(
@@ -97,28 +99,11 @@ def _calls(
     return [calls[index] for index in range(len(blocks))]
 
 
-def _share(value: Any, shared: list[Tensor]) -> Any:
-    """The value with each tensor replaced by an equal one of ``shared``, or added to it."""
-    if isinstance(value, Tensor):
-        for tensor in shared:
-            is_alike = (tensor.shape, tensor.dtype, tensor.device) == (value.shape, value.dtype, value.device)
-            if tensor is value or (is_alike and torch.equal(tensor, value)):
-                return tensor
-        shared.append(value)
-    elif isinstance(value, dict):
-        return {key: _share(item, shared) for key, item in value.items()}
-    elif type(value) in (tuple, list):
-        return type(value)(_share(item, shared) for item in value)
-    return value
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), with every module's own flag put back."""
-    flags = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in flags.items():
-            m.training = training
+def _shared(tensor: Tensor, known: list[Tensor]) -> Tensor:
+    """An equal one of ``known``, or the tensor itself, which then becomes known."""
+    for other in known:
+        is_alike = (other.shape, other.dtype, other.device) == (tensor.shape, tensor.dtype, tensor.device)
+        if other is tensor or (is_alike and torch.equal(other, tensor)):
+            return other
+    known.append(tensor)
+    return tensor

@@ -2,8 +2,6 @@
 
 # Letters: N num_samples, S seq_len, B windows sampled at a time.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from plquant.data.base import Split, TextData, require_at_least
 from plquant.data.builtin import builtin_text, builtin_text_name
+from plquant.evaluating import evaluating
 
 
 class SelfGenerated(TextData):
@@ -74,17 +73,6 @@ class SelfGenerated(TextData):
             "suppress_tokens": end or None,
             "pad_token_id": end[0] if end else 0,  # never written: no row ends early
         }
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Without dropout inside, in the mode it was in afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 def start_tokens(model: Any, size: int) -> Tensor:

@@ -71,8 +71,9 @@ def test_sampling_is_without_dropout_and_restores_the_mode() -> None:
     evaluated = sampled(model)
     assert not model.lm.training
     model.lm.train()
+    model.lm.model.layers[0].mlp.eval()
     assert torch.equal(sampled(model), evaluated)
-    assert model.lm.training
+    assert model.lm.training and not model.lm.model.layers[0].mlp.training
 
 
 def test_self_generated_validates_on_the_builtin_text() -> None:
