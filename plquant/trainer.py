@@ -115,6 +115,7 @@ class BlockwiseTrainer(L.Trainer):
             datamodule.evaluation_text(model)  # so that a text too short is refused now, not at the end
             if datamodule.text_name("validation") == datamodule.text_name("calibration"):
                 print(f"note: perplexity is measured on the calibration text, {datamodule.text_name('validation')}")
+        datamodule.trainer = self  # Lightning does this in validate; text sampled from the model wants the device now
         ids = datamodule.calibration_ids(model)
         if one_step:
             ids = ids[: datamodule.batch_size]

@@ -265,6 +265,20 @@ def test_another_recipe_does_not_go_on(checkpoint: Path, tmp_path: Path) -> None
         run(checkpoint, tmp_path, bits=4)
 
 
+def test_the_model_writes_its_own_text_on_the_trainers_device(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+    model = pq.QuantizedLM(str(checkpoint), pq.methods.RTN, pq.IntGrid(4, 16))
+    move = model.lm.to
+    monkeypatch.setattr(model.lm, "to", lambda device: (devices.append(str(device)), move(device)))
+    data = pq.data.SelfGenerated(num_samples=2, seq_len=8)
+    trainer = pq.BlockwiseTrainer(accelerator="cpu", enable_progress_bar=False)
+    monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("cpu:0"))
+    trainer.calibrate(model, data, output_dir=str(tmp_path / "out"), evaluate=False)
+    assert devices[:2] == ["cpu:0", "cpu"]
+
+
 def test_fast_dev_run_takes_one_step_per_block(checkpoint: Path, tmp_path: Path) -> None:
     steps: list[int] = []
 

@@ -2,6 +2,8 @@
 
 # Letters: N num_samples, S seq_len, B windows sampled at a time.
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ class SelfGenerated(TextData):
     """Calibration text sampled from the model itself: no data needed (LLM-QAT, arXiv 2305.17888).
 
     Each window starts with the model's beginning-of-text token, or with a random token where it has none, and is
-    sampled from the full distribution. Validation text is the held-out fifth of ``BuiltinText``.
+    sampled from the full distribution, on the trainer's device. Validation text is the held-out fifth of
+    ``BuiltinText``.
 
     Args:
         temperature: Divides the logits before sampling: 1 samples what the model believes, less is more repetitive.
         generation_batch_size: Windows sampled at a time. Memory grows with it (one key-value cache each); the windows
-            change with it as with the seed.
+            change with it as with the seed, and from one kind of device to another.
     """
 
     def __init__(self, temperature: float = 1.0, generation_batch_size: int = 8, **kwargs: Any) -> None:
@@ -49,7 +52,9 @@ class SelfGenerated(TextData):
 
         sizes = [len(part) for part in torch.arange(self.num_samples).split(self.generation_batch_size)]
         # all CUDA devices are forked: torch.manual_seed seeds every one of them
-        with evaluating(model.lm), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+        device = model.lm.device if self.trainer is None else self.trainer.strategy.root_device
+        with _on_device(model.lm, device), evaluating(model.lm), fork:
             torch.manual_seed(self.seed)
             return torch.cat([self._sample(model, size) for size in tqdm(sizes, desc="Sampling windows", leave=False)])
 
@@ -73,6 +78,17 @@ class SelfGenerated(TextData):
             "suppress_tokens": end or None,
             "pad_token_id": end[0] if end else 0,  # never written: no row ends early
         }
+
+
+@contextmanager
+def _on_device(lm: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Moved there, and back to where it was."""
+    home = next(lm.parameters()).device
+    lm.to(device)
+    try:
+        yield
+    finally:
+        lm.to(home)
 
 
 def start_tokens(model: Any, size: int) -> Tensor:

@@ -76,6 +76,19 @@ def test_sampling_is_without_dropout_and_restores_the_mode() -> None:
     assert model.lm.training and not model.lm.model.layers[0].mlp.training
 
 
+def test_sampling_is_on_the_trainers_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, happened = llama_model(), []
+    move, generate = model.lm.to, model.lm.generate
+    monkeypatch.setattr(model.lm, "to", lambda device: (happened.append(str(device)), move(device)))
+    monkeypatch.setattr(model.lm, "generate", lambda *a, **k: (happened.append("generate"), generate(*a, **k))[1])
+    data = SelfGenerated(num_samples=2, seq_len=4)
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu:0")))  # type: ignore[assignment]
+    ids = data.calibration_ids(model)
+    assert happened == ["cpu:0", "generate", "cpu"]  # and back
+    data.trainer = None
+    assert torch.equal(data.calibration_ids(model), ids)
+
+
 def test_self_generated_validates_on_the_builtin_text() -> None:
     data = SelfGenerated(eval_windows=2, eval_seq_len=64)
     expected = BuiltinText(eval_windows=2, eval_seq_len=64).evaluation_text(MODEL)
