@@ -83,7 +83,8 @@ def test_matrices_that_do_not_fold_run_and_are_counted(name: str, checkpoint: Pa
         assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
     with pytest.raises(ValueError, match="needs plquant"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert report.cost is not None and report.cost.operations == 3 * 3 and report.cost.online_macs > 0
+    places = 2 if "dense" in name else 3  # after the norms; a pair of small factors before the last linear too
+    assert report.cost is not None and report.cost.operations == 3 * places and report.cost.online_macs > 0
     assert report.cost.effective_bits > 3 + (16 + 3) / 16
 
 
