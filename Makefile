@@ -27,7 +27,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest
 
 clean:
 	rm -rf .venv out
