@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.corrections import Corrections
 from plquant.quant.affine import QTensor
-from plquant.quant.clipping import Clipping
+from plquant.quant.clip_search import mse_clip
+from plquant.quant.clipping import Clipping, FixedClipping
 from plquant.quant.fake_quantize import fake_quantize, quantize_weight
 from plquant.quant.grid import IntGrid
 from plquant.quant.scaled_weight import ScaledWeight
@@ -92,6 +93,14 @@ class FakeQuantLinear(nn.Module):
     def quantize(self) -> QTensor:
         """The codes behind ``forward``."""
         return quantize_weight(*self._rounding(), scale_dtype=self.weight.dtype)
+
+    def search_clip(self, hessian: Tensor) -> FixedClipping:
+        """Clipping of least squared error on the grid it has now, input channels counting by their energy.
+
+        Args:
+            hessian: Mean of x x^T over what is multiplied with the weight, [I, I].
+        """
+        return FixedClipping(*mse_clip(self.transformed().dense(), self.grid, self.weight.dtype, hessian.diagonal()))
 
     def transformed(self) -> ScaledWeight:
         """The weight that is rounded: after all transforms and corrections."""

@@ -12,8 +12,6 @@ from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.parts.base import Part
 from plquant.quant.affine import QTensor
 from plquant.quant.axis import AXES, Axis, choose_axis, output_error
-from plquant.quant.clip_search import mse_clip
-from plquant.quant.clipping import FixedClipping
 
 
 class AxisChoice(Part):
@@ -71,8 +69,7 @@ class AxisChoice(Part):
         for axis in AXES:
             linear.grid = replace(own_grid, axis=axis)
             if learned is not None and axis != own_grid.axis:  # no learned clipping there, but a fair comparison
-                dense = linear.transformed().dense()
-                linear.clip = FixedClipping(*mse_clip(dense, linear.grid, linear.weight.dtype, hessian.diagonal()))
+                linear.clip = linear.search_clip(hessian)
             found[axis] = rounding(linear, hessian)
             linear.clip = learned
         linear.grid = own_grid

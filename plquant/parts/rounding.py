@@ -10,8 +10,7 @@ from plquant.blocks.quant_block import QuantBlock
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.parts.base import Rounding
 from plquant.quant.affine import QTensor
-from plquant.quant.clip_search import mse_clip
-from plquant.quant.clipping import FixedClipping, LearnedClipping
+from plquant.quant.clipping import LearnedClipping
 from plquant.quant.gptq import gptq_round
 
 
@@ -67,8 +66,7 @@ class Nearest(Rounding):
         if not self.clip or linear.clip is not None:
             return linear.quantize()
         assert hessian is not None
-        dense = linear.transformed().dense()
-        linear.clip = FixedClipping(*mse_clip(dense, linear.grid, linear.weight.dtype, hessian.diagonal()))
+        linear.clip = linear.search_clip(hessian)
         try:
             return linear.quantize()
         finally:
