@@ -11,12 +11,11 @@ from typing import Any, Literal, TypeAlias
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from plquant.blocks.activations import Activations
 from plquant.blocks.capture import StopForward
 from plquant.blocks.quant_block import QuantBlock
-from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Part, Rounding, check_order
 from plquant.quant.observers import ChannelAbsMax, Hessian
@@ -238,7 +237,7 @@ class BlockModule(L.LightningModule):
             Name of the linear -> the metric's value.
         """
         linears = {name: linear for name, linear in self.block.linears.items() if names is None or name in names}
-        metrics = self._metrics(make, linears)
+        metrics = {name: make(linear.in_features).to(self.block.device) for name, linear in linears.items()}
         hooks = [
             linear.register_forward_pre_hook(lambda _, args, metric=metrics[name]: metric.update(args[0]))
             for name, linear in linears.items()
@@ -251,16 +250,17 @@ class BlockModule(L.LightningModule):
         return {name: metric.compute() for name, metric in metrics.items()}
 
     @torch.no_grad()
-    def observe_quantized(self, make: Callable[[int], Metric], name: str, final: bool = True) -> Tensor:
+    def observe_quantized(self, make: Callable[[int], Metric | MetricCollection], name: str, final: bool = True) -> Any:
         """A statistic of the inputs of one linear, over all samples, as the quantized model has them.
 
         Args:
-            make: Width of the input -> a metric, updated with inputs [B, T, I].
+            make: Width of the input -> a metric or several, updated with inputs [B, T, I]; what they compute is the
+                result.
             name: Of the linear.
             final: Of what is multiplied with the weight; else of the input as it comes, before what is done to it here.
         """
         linear = self.block.linears[name]
-        metric = self._metrics(make, {name: linear})[name]
+        metric = make(linear.in_features).to(self.block.device)
 
         def watch(came: Tensor, multiplied: Tensor) -> None:
             metric.update(multiplied if final else came)
@@ -284,9 +284,6 @@ class BlockModule(L.LightningModule):
             if tokens is not None and seen * x.shape[1] >= tokens:
                 break
         return float(torch.stack(errors).sum()) / seen
-
-    def _metrics(self, make: Callable[[int], Metric], linears: dict[str, FakeQuantLinear]) -> dict[str, Metric]:
-        return {name: make(linear.in_features).to(self.block.device) for name, linear in linears.items()}
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameters in self.learnables().values() for parameter in parameters]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from plquant.blocks.quant_block import QuantBlock
 from plquant.nn.fake_quant_linear import FakeQuantLinear
@@ -35,7 +35,7 @@ class Fitting(Protocol):
     def observe(self, make: Callable[[int], Metric], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Statistics of the inputs of these linears, or all, in full precision: name -> the metric's value."""
 
-    def observe_quantized(self, make: Callable[[int], Metric], name: str, final: bool = True) -> Tensor:
+    def observe_quantized(self, make: Callable[[int], Metric | MetricCollection], name: str, final: bool = True) -> Any:
         """A statistic of the inputs of one linear, as the quantized model has them; ``final``: as multiplied."""
 
     def error(self, tokens: int | None = None) -> float:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.sites import Site
@@ -78,10 +78,9 @@ class Reassembly(Part):
     def _reassemble(self, fitting: Fitting, site: Site, transform: ChannelReassembly) -> None:
         """Every candidate is judged as it would be deployed: with weights fitted to it, if they are to be."""
         name, consumers = site.consumers[0], self._consumers(site)  # all of them read the same tokens
-        abs_max = fitting.observe_quantized(ChannelAbsMax, name, final=False)
-        hessian = fitting.observe_quantized(Hessian, name, final=False)
-        tokens = int(fitting.observe_quantized(lambda _: TokenCount(), name))
-        fits = self.compensate and tokens >= TOKENS_A_CHANNEL * len(abs_max)
+        seen = fitting.observe_quantized(_channel_statistics, name, final=False)
+        abs_max, hessian = seen["abs_max"], seen["hessian"]
+        fits = self.compensate and int(seen["tokens"]) >= TOKENS_A_CHANNEL * len(abs_max)
         if self.compensate and not fits:
             self._note_no_fit(site, len(abs_max))
         before = [linear.transformed().dense() for linear in consumers]
@@ -145,6 +144,16 @@ class Reassembly(Part):
 
     def _consumers(self, site: Site) -> list[FakeQuantLinear]:
         return [self.block.linears[name] for name in site.consumers]
+
+
+def _channel_statistics(channels: int) -> MetricCollection:
+    """All that the plan of a site is made from, in one pass."""
+    metrics: dict[str, Metric | MetricCollection] = {
+        "abs_max": ChannelAbsMax(channels),
+        "hessian": Hessian(channels),
+        "tokens": TokenCount(),
+    }
+    return MetricCollection(metrics, compute_groups=False)
 
 
 class TokenCount(Metric):
