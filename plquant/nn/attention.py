@@ -39,15 +39,20 @@ class AttentionQuantizer(nn.Module):
 
     Attributes:
         enabled: ``False`` gives the original attention.
+        online: A rotation of every head of queries and keys, [..., d] -> [..., d], before they are rounded; scores do
+            not see it. ``None`` for none.
     """
 
     def __init__(self, grid: ActivationGrid) -> None:
         super().__init__()
         self.grid = grid
         self.enabled = True
+        self.online: nn.Module | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, T, d], [B, H', S, d], [B, H', S, d] -> the same, rounded token by token and head by head."""
+        if self.online is not None:
+            query, key = self.online(query), self.online(key)
         widths = (self.grid.bits, self.grid.kv_bits, self.grid.kv_bits)
         return tuple(  # type: ignore[return-value]
             x if bits is None else quantize_tokens(x, bits, self.grid.symmetric)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.packed_linear import PackedLinear
 from plquant.transforms import gather_op  # noqa: F401, make_op knows the operations that were imported
 from plquant.transforms.online import OnlineOp, make_op
@@ -24,14 +25,14 @@ def attach_online_(module: nn.Module, ops: Iterable[OnlineOp]) -> None:
     """Make operations a part of a module, its child ``online``, so that they are saved, loaded and moved with it.
 
     Args:
-        module: A ``PackedLinear``, which then does them to its input before that is quantized; any other module (a
-            norm) to its output.
+        module: A ``PackedLinear``, which then does them to its input before that is quantized; an
+            ``AttentionQuantizer``, to queries and keys; any other module (a norm) to its output.
         ops: The operations, in order.
     """
     online = Online(*ops)
     if not len(online):
         return
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear | AttentionQuantizer):
         module.online = online
         return
     assert not hasattr(module, "online"), "operations would be done twice"
@@ -47,7 +48,7 @@ def online_entries(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Name of every module with run-time operations -> where they are done and what they are, as JSON."""
     return {
         name: {
-            "at": "input" if isinstance(module, PackedLinear) else "output",
+            "at": "input" if isinstance(module, PackedLinear | AttentionQuantizer) else "output",
             "ops": [{"kind": op.kind, "config": op.config()} for op in module.online],
         }
         for name, module in model.named_modules()

@@ -20,6 +20,7 @@ from plquant.quant.axis import Axis
 # from before a reassembly to other channels.
 LEGAL_ORDER = (
     "scale and shift",
+    "rotation",
     "affine matrix",
     "reassembly",
     "low rank",

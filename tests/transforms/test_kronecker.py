@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from plquant.quant.scaled_weight import ScaledWeight
 from plquant.transforms.gradual_mask import gradual_mask
-from plquant.transforms.kronecker import KroneckerAffine, most_square_split
+from plquant.transforms.hadamard import split_width
+from plquant.transforms.kronecker import KroneckerAffine
 from plquant.transforms.scale_shift import ScaleShift
 from tests.transforms.toy import randomized, read, relative
 
@@ -40,7 +41,7 @@ def dense(transform: KroneckerAffine) -> Tensor:
     ],
 )
 def test_splits_as_square_as_it_gets(n: int, factors: tuple[int, int]) -> None:
-    assert most_square_split(n) == factors
+    assert split_width(n) == factors
 
 
 @pytest.mark.parametrize("width", WIDTHS)
