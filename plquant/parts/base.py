@@ -39,6 +39,9 @@ class Fitting(Protocol):
     def observe_quantized(self, make: Callable[[int], Metric | MetricCollection], name: str, final: bool = True) -> Any:
         """A statistic of the inputs of one linear, as the quantized model has them; ``final``: as multiplied."""
 
+    def stages(self) -> list[list[str]]:
+        """Names of the linears in the order they run, those that read the same tensor together."""
+
     def error(self, tokens: int | None = None) -> float:
         """Error of the block as it is now, over about so many tokens or all; see ``token_error``."""
 
