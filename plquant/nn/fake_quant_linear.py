@@ -33,8 +33,7 @@ class FakeQuantLinear(nn.Module):
         reads: Transforms of the input channels, whose source is another module, in order.
         writes: Transforms of the output channels of which this linear is the source, in order.
         write_rows: The output channels each of them is about.
-        nudge: [O, I'], what is added to the transformed weight in units of its scale as it is rounded, where rounding is
-            learned; or ``None``.
+        nudge: [O, I'], what is added to ``w / scale`` before it is rounded, where rounding is learned; or ``None``.
         corrections: What is added to the transformed weight before rounding, in order.
         online: Those of ``reads`` of which the source leaves it to this linear to do what remains at run time.
         inputs: Quantizes what is multiplied with the weight, or ``None`` for 16-bit activations.

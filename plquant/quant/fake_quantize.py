@@ -6,8 +6,8 @@ pass takes a quarter of the time. ``quantize_weight`` (the fold) and ``fake_quan
 ``_quantized``: their codes agree.
 
 Letters: R, G, g as in ``affine``, r rows of a piece; s scale, z zero-point, u = w / s, v what moves the rounding (0
-unless it is learned), n = clamp(round(u + v), qmin - z, qmax - z). Rounding is straight-through (so is z's, which has no gradient at all in
-OmniQuant's released code):
+unless it is learned), n = clamp(round(u + v), qmin - z, qmax - z). Rounding is straight-through (so is z's, which has
+no gradient at all in OmniQuant's released code):
 
     inside the range   d(n s)/dw = 1    d(n s)/ds = n - u    d(n s)/dv = s
     clipped            d(n s)/dw = 0    d(n s)/ds = n - lo / s    d(n s)/dlo = 1    (symmetric: n and 0)
@@ -271,7 +271,8 @@ def quantize_weight(
     scale_dtype = scale_dtype or weight.dtype
     codes = torch.empty_like(groups, dtype=torch.int8 if grid.symmetric else torch.uint8)
     nudge = None if nudge is None else to_groups(nudge, grid)
-    scaled = _Weight(groups, *_grouped_scales(weight, grid, in_scale, out_scale), *(clip or (None, None)), nudge)
+    low, high = clip if clip is not None else (None, None)
+    scaled = _Weight(groups, *_grouped_scales(weight, grid, in_scale, out_scale), low, high, nudge)
     found = []
     for piece, steps, ranges in _quantized(scaled, grid, scale_dtype):
         codes[piece] = steps.add_(ranges.zero_point)

@@ -41,7 +41,7 @@ def gptq_round(
     damp: float = 0.01,
     act_order: bool = True,
     block_size: int = 128,
-    wanted_at: Tensor | None = None,
+    compensated: Tensor | None = None,
 ) -> QTensor:
     """Codes that keep the output of a linear, where rounding to nearest keeps its weight.
 
@@ -56,8 +56,7 @@ def gptq_round(
         damp: Added to the diagonal of the Hessian, as a share of its mean.
         act_order: Take the columns in the order of falling ``diag(hessian)``; as they come if false.
         block_size: Columns between two updates of all the others. Changes the time, not the result.
-        wanted_at: fp32 [O, I], filled with where each weight stood on its grid when it was rounded,
-            ``w_k + (W - Q)_{<k} F_{<k, k}`` in units of its scale: codes less zero-points are its rounding.
+        compensated: fp32 [O, I], filled with what each column was when it was rounded, q_k before its rounding.
 
     Raises:
         ValueError: The Hessian cannot be one.
@@ -86,10 +85,9 @@ def gptq_round(
         for k, (column, channel) in enumerate(zip(wanted, channels[block], strict=True), start):
             column.addmv_(columns[start:k].t(), feedback[k, start:k])
             values, scale, zero_point = groups.of(channel, column)
-            values.div_(scale)
-            if wanted_at is not None:
-                wanted_at[:, channel] = column
-            values.round_().add_(zero_point).clamp_(grid.qmin, grid.qmax)
+            if compensated is not None:
+                compensated[:, channel] = column
+            values.div_(scale).round_().add_(zero_point).clamp_(grid.qmin, grid.qmax)
             codes[channel] = column
             values.sub_(zero_point).mul_(scale)
             columns[k] -= column  # which ``values`` is a view of

@@ -1,4 +1,4 @@
-"""Square matrices that are strictly diagonally dominant whatever is learned, hence invertible, and rotations of them."""
+"""Square matrices that are strictly diagonally dominant whatever is learned, hence invertible; rotated or not."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class DominantMatrix(nn.Module):
     theorem; its released code neither enforces nor checks it, and learns off-diagonals in absolute units. In units of
     their row's diagonal a learning rate means the same in all rows.
 
-    The start is the identity, or with a ``rotation`` Q, orthogonal and fixed, ``A = D (I + N) Q``, whose inverse is
-    ``Q^T (I + N)^-1 D^-1``: the bounds above hold as they are, up to sqrt(n) between norms. ``stability`` is the paper's alpha, a constant factor on the off-diagonals: with Adam it
+    The start is the identity, or with a ``rotation`` Q, orthogonal and fixed, ``A = D (I + N) Q``, which is as
+    invertible: ``Q^T (I + N)^-1 D^-1``. ``stability`` is the paper's alpha, a factor on the off-diagonals: with Adam it
     makes their learning rate ``stability`` times that of the diagonal.
 
     Args:

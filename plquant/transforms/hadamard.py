@@ -33,8 +33,9 @@ def hadamard(n: int) -> Tensor | None:
 
 
 def orthogonal(n: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix, fp64 [n, n]: a Hadamard matrix whose columns have random signs, else one from a QR
-    decomposition of normal numbers.
+    """A random orthogonal matrix, fp64 [n, n].
+
+    A Hadamard matrix whose columns have random signs, over sqrt(n); where none is known, one from a QR decomposition.
 
     Args:
         n: Width.
