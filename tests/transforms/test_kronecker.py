@@ -105,18 +105,18 @@ def test_what_runs_later_is_what_ran_in_training_to_the_bit(dtype: torch.dtype) 
 
 
 def test_a_rotation_leaves_four_bits_to_all_channels() -> None:
-    """One channel of a hundred times the size takes the whole range; spread over all it does not."""
+    """One channel of thirty times the size takes the whole range; spread over all it does not."""
     torch.manual_seed(0)
     x, consumer = torch.randn(50, 96, dtype=torch.float64), torch.randn(8, 96, dtype=torch.float64)
-    x[:, 7] *= 100
-    consumer[:, 7] /= 100
+    x[:, 7] *= 30
+    consumer[:, 7] /= 30
     errors = {}
     for name, rotate in {"plain": None, "rotated": torch.Generator().manual_seed(0)}.items():
         transform = KroneckerAffine(96, rotate=rotate)
         weight = transform.read_weight(ScaledWeight(consumer)).dense()
         assert relative(transform.online(x) @ weight.T, x @ consumer.T) < 1e-12
         errors[name] = float(relative(quantize_tokens(transform.online(x), 4) @ weight.T, x @ consumer.T))
-    assert errors["rotated"] < 0.5 * errors["plain"]
+    assert errors["rotated"] < 0.4 * errors["plain"]
 
 
 def test_a_rotation_is_exact_in_any_dtype() -> None:
