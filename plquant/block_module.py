@@ -201,8 +201,7 @@ class BlockModule(L.LightningModule):
         """
         for name in self.unseen:
             self.block.linears[name].forget_corrections()
-        rounding = self.rounding
-        axis = next((part for part in self.parts if isinstance(part, AxisChoice) and not part.is_settled), None)
+        rounding, axis = self.rounding, next((part for part in self.parts if isinstance(part, AxisChoice)), None)
         exact = torch.autocast(self.block.device.type, enabled=False)  # as in the forward, or the codes would differ
         if axis is None and not rounding.wants_hessian:
             with exact:

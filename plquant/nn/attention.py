@@ -36,6 +36,7 @@ class AttentionQuantizer(nn.Module):
 
     Args:
         grid: Widths; queries have ``bits``, keys and values ``kv``.
+        heads: Of queries and of keys, together.
 
     Attributes:
         enabled: ``False`` gives the original attention.
@@ -43,9 +44,9 @@ class AttentionQuantizer(nn.Module):
             not see it. ``None`` for none.
     """
 
-    def __init__(self, grid: ActivationGrid) -> None:
+    def __init__(self, grid: ActivationGrid, heads: int) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.heads = grid, heads
         self.enabled = True
         self.online: nn.Module | None = None
 
@@ -89,7 +90,9 @@ def quantize_attention_(model: nn.Module, names: Iterable[str], grid: Activation
         if grid.probabilities is not None:
             _eager(module)  # refuses now
         config._attn_implementation = _registered(former)
-        setattr(module, CHILD, AttentionQuantizer(grid))
+        heads = config.num_attention_heads
+        heads += getattr(config, "num_key_value_heads", None) or heads
+        setattr(module, CHILD, AttentionQuantizer(grid, heads))
 
 
 def _registered(former: str) -> str:

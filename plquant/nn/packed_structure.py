@@ -92,7 +92,7 @@ class PackedStructure:
             for name, entry in self.online.items():
                 module = model.get_submodule(name)
                 device = next(itertools.chain(module.parameters(), module.buffers(), model.parameters())).device
-                attach_online_(module, [op.to(device) for op in make_ops(entry)])
+                attach_online_(module, [op.to(device) for op in make_ops(entry)], entry["at"])
 
     def _inputs(self, name: str, linear: PackedLinear, tensors: Collection[str]) -> ActivationQuantizer | None:
         if self.activations is None or self.activations.bits is None:

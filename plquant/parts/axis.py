@@ -32,7 +32,6 @@ class AxisChoice(Part):
     def __init__(self, block: QuantBlock, tie: bool = False) -> None:
         super().__init__(block)
         self.tie = tie
-        self.is_settled = False
 
     def check(self, parts: Sequence[Part]) -> None:
         """Per-input-channel scales lie inside the sum over input channels, which integers cannot do."""
@@ -46,17 +45,6 @@ class AxisChoice(Part):
                 "groups along the output have a scale for each input channel, inside the sum of a product of integers: "
                 "leave out --model.activations, or the choice of the axis"
             )
-
-    def settle_(
-        self,
-        linears: Sequence[FakeQuantLinear],
-        hessian: Tensor,
-        rounding: Callable[[FakeQuantLinear, Tensor], QTensor],
-    ) -> None:
-        """Choose now, for good, for linears that read the same tensor: before what is learned on one axis."""
-        for linear, found in zip(linears, self.round(linears, hessian, rounding), strict=True):
-            linear.grid = found.grid
-        self.is_settled = True
 
     def round(
         self,

@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from plquant.blocks.quant_block import QuantBlock
-from plquant.nn.fake_quant_linear import FakeQuantLinear
-from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Fitting, Part, Rounding, check_rate
-from plquant.quant.affine import QTensor
 from plquant.quant.clipping import LearnedClipping
 from plquant.quant.gptq import gptq_round
 from plquant.quant.observers import Hessian
@@ -20,8 +17,6 @@ from plquant.quant.observers import Hessian
 
 class LearnedRounding(Rounding):
     """Learns a number for every weight, which is added to it, in units of its scale, before it is rounded.
-
-    A choice of the axis beside it is made at the start.
 
     Args:
         block: The block to calibrate.
@@ -34,18 +29,16 @@ class LearnedRounding(Rounding):
         super().__init__(block)
         check_rate("LearnedRounding", "rounding_lr", lr, 1e-2)
         self.lr, self.from_gptq = lr, start == "gptq"
-        self.axis: AxisChoice | None = None
         self.nudges: dict[str, nn.Parameter] = {}
         for name, linear in block.linears.items():
             self.nudges[name] = linear.nudge = nn.Parameter(torch.zeros_like(linear.weight, dtype=torch.float32))
 
     def check(self, parts: Sequence[Part]) -> None:
-        """A choice of the axis needs GPTQ's codes along both."""
-        self.axis = next((part for part in parts if isinstance(part, AxisChoice)), None)
-        if self.axis is not None and not self.from_gptq:
+        """It learns for one grid."""
+        if any(part.axes for part in parts):
             raise ValueError(
-                "LearnedRounding learns the codes of one axis, which is chosen by the error of GPTQ's codes: take "
-                "start=gptq, or leave out the choice of the axis"
+                "LearnedRounding learns the codes of one axis: leave out the choice of the axis, or give it with "
+                "--model.weights.axis"
             )
 
     def learnables(self) -> dict[float, list[nn.Parameter]]:
@@ -55,15 +48,14 @@ class LearnedRounding(Rounding):
     @torch.no_grad()
     def start(self, fitting: Fitting) -> None:
         """GPTQ, linear after linear, each on inputs that those before it have given."""
-        for name, nudge in self.nudges.items():  # a reassembly has changed the width of some
-            nudge.data = torch.zeros_like(self.block.linears[name].transformed().dense())
-        for names in fitting.stages() if self.from_gptq else ():
-            hessian = fitting.observe_quantized(Hessian, names[0])
-            if self.axis is not None:
-                self.axis.settle_([self.block.linears[name] for name in names], hessian, _searched_gptq)
+        for names in fitting.stages():
+            hessian = fitting.observe_quantized(Hessian, names[0]) if self.from_gptq else None
             for name in names:
-                linear = self.block.linears[name]
+                linear, nudge = self.block.linears[name], self.nudges[name]
                 weight = linear.transformed().dense()
+                nudge.data = torch.zeros_like(weight)  # a reassembly has changed its width
+                if hessian is None:
+                    continue
                 searched = linear.search_clip(hessian)
                 if isinstance(linear.clip, LearnedClipping):
                     linear.clip.set_(*searched())
@@ -71,8 +63,4 @@ class LearnedRounding(Rounding):
                     linear.clip = searched
                 compensated = torch.empty_like(weight)
                 gptq_round(weight, hessian, linear.grid, linear.clip(), linear.weight.dtype, compensated=compensated)
-                self.nudges[name].add_(linear.quantize().in_steps(compensated - weight))
-
-
-def _searched_gptq(linear: FakeQuantLinear, hessian: Tensor) -> QTensor:
-    return gptq_round(linear.transformed().dense(), hessian, linear.grid, "mse", linear.weight.dtype)
+                nudge.add_(linear.quantize().in_steps(compensated - weight))

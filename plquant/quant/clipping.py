@@ -55,9 +55,9 @@ class LearnedClipping(Clipping):
 
     @torch.no_grad()
     def set_(self, low: Tensor, high: Tensor) -> None:
-        """Start from these shares, each [R, G, 1] of either axis; 1 becomes 0.999, from which a gradient leads back."""
+        """Start from these shares, each [R, G, 1]; a share of 1 becomes 0.999, from which a gradient leads back."""
         for logit, share in ((self.beta, low), (self.gamma, high)):
-            logit.data = torch.logit(share, eps=1e-3)
+            logit.copy_(torch.logit(share, eps=1e-3))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Sigmoids of the strengths."""

@@ -49,6 +49,20 @@ def orthogonal(n: int, generator: torch.Generator) -> Tensor:
     return matrix.double() * signs / math.sqrt(n)
 
 
+def keeping_mean(n: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix Q that leaves the mean of a row where it is, fp64 [n, n]: ``Q 1 = 1``.
+
+    A rotation of the n - 1 other directions, in a basis whose first vector is ``1 / sqrt(n)``.
+    """
+    first = torch.full((n,), 1 / math.sqrt(n), dtype=torch.float64)
+    mirror = -first
+    mirror[0] += 1
+    basis = torch.eye(n, dtype=torch.float64)
+    if n > 1:
+        basis -= 2 * mirror.outer(mirror) / mirror.square().sum()
+    return basis @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), orthogonal(n - 1, generator)) @ basis
+
+
 def split_width(n: int) -> tuple[int, int]:
     """Two factors of n for a Kronecker product, the smaller first: near each other, and Hadamard orders if they can be.
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from plquant.block_module import BlockModule, token_error
-from plquant.blocks.activations import Activations
 from plquant.blocks.quant_block import QuantBlock
 from plquant.methods import GPTQ, Composed
 from plquant.parts.axis import AxisChoice
@@ -40,6 +39,8 @@ def test_learned_rounding_beats_gptq_on_either_axis(axis: str) -> None:
         with block.full_precision():
             target = block(x)
     gptq = GPTQ(block)
+    from plquant.blocks.activations import Activations
+
     gptq.activations = Activations((x, target), 2, 0)
     with torch.no_grad():
         gptq.fold()
@@ -66,21 +67,6 @@ def test_it_starts_from_the_codes_of_gptq() -> None:
         assert not torch.equal(learned[name].codes, nearest[name].codes)
 
 
-def test_a_choice_of_the_axis_is_made_at_the_start() -> None:
-    grid = IntGrid(2, 16)
-    block, x = make_block("llama", grid=grid)
-    with torch.no_grad(), block.full_precision():
-        target = block(x)
-    module = Composed(block, [partial(LWC, lr=1e-2), AxisChoice, LearnedRounding])
-    fit(module, x, target, 3)
-    assert {linear.grid.axis for linear in block.linears.values()} == {"in", "out"}
-    with torch.no_grad():
-        trained, codes = block(x), {name: linear.quantize().codes for name, linear in block.linears.items()}
-        module.fold()
-    assert all(torch.equal(block.layers.get_submodule(n).quantized().codes, c) for n, c in codes.items())
-    torch.testing.assert_close(block(x), trained, rtol=1e-4, atol=1e-4 * float(trained.abs().max()))
-
-
-def test_a_choice_of_the_axis_without_gptq_is_refused() -> None:
-    with pytest.raises(ValueError, match="take start=gptq"):
-        Composed(make_block("llama")[0], [AxisChoice, partial(LearnedRounding, start="nearest")])
+def test_a_choice_of_the_axis_is_refused() -> None:
+    with pytest.raises(ValueError, match="give it with --model.weights.axis"):
+        Composed(make_block("llama")[0], [AxisChoice, LearnedRounding])
