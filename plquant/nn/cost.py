@@ -35,7 +35,7 @@ class Cost:
         ops = [op for m in model.modules() if isinstance(m, Online) for op in m]
         macs = sum(op.macs_per_token for op in ops)
         for attention in (m for m in model.modules() if isinstance(m, AttentionQuantizer)):
-            if attention.online is not None:  # done to every head, and counted for one so far
+            if isinstance(attention.online, Online):  # done to every head, and counted for one so far
                 macs += (attention.heads - 1) * sum(op.macs_per_token for op in attention.online)
         offsets = [m.inputs.offset for m in packed.values() if m.inputs is not None and m.inputs.offset is not None]
         other = sum(op.stored_bits for op in ops) + sum(8 * offset.nbytes for offset in offsets)

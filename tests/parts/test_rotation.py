@@ -8,6 +8,7 @@ from torch import nn
 
 from plquant.methods import Composed
 from plquant.nn.attention import AttentionQuantizer
+from plquant.nn.cost import Cost
 from plquant.nn.online import Online
 from plquant.nn.packed_structure import PackedStructure
 from plquant.parts.rotation import Rotation
@@ -54,6 +55,13 @@ def test_what_is_written_is_what_ran() -> None:
     other.load_(structure, block.tensors())
     with torch.no_grad():
         assert torch.equal(other(x), block(x))
+
+
+def test_a_rotation_of_every_head_is_counted() -> None:
+    """Four heads of queries and two of keys, 16 channels each: 16 (4 + 4) multiply-adds a head."""
+    block, _ = make_block("llama", activations=ActivationGrid(4))
+    Composed(block, [partial(Rotation, places=["queries"])]).fold()
+    assert Cost.of(block).online_macs == (4 + 2) * 16 * (4 + 4)
 
 
 def test_places_can_be_left_out() -> None:
