@@ -65,6 +65,8 @@ def recipes(regime: str) -> dict[str, list[str]]:
         "GPTQ": ["--model.method=GPTQ"],
         "OmniQuant": ["--model.method=OmniQuant"],
         "AffineQuant": ["--model.method=AffineQuant"],
+        "Light": ["--model.method=Light"],
+        "Best": ["--model.method=Best"],
     }
     if weight_only:
         rows["AdaDim RTN"] = ["--model.method=AdaDim", "--model.method.rounding=nearest"]

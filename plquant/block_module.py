@@ -207,7 +207,7 @@ class BlockModule(L.LightningModule):
             with exact:
                 self.block.pack_(lambda linear: rounding.round(linear, None))
             return
-        for names in self.block.stages(self.activations.inputs()):
+        for names in self.stages():
             hessian = self.observe_quantized(Hessian, names[0])
             linears = [self.block.linears[name] for name in names]
             with exact:
@@ -218,6 +218,10 @@ class BlockModule(L.LightningModule):
                 for name, weight in zip(names, weights, strict=True):
                     self.block.pack_linear_(name, weight)
         self.block.fold_sources_()
+
+    def stages(self) -> list[list[str]]:
+        """Names of the linears in the order they run, those that read the same tensor together."""
+        return self.block.stages(self.activations.inputs())
 
     @property
     def rounding(self) -> Rounding:

@@ -120,8 +120,11 @@ class BlockwiseTrainer(L.Trainer):
         if one_step:
             ids = ids[: datamodule.batch_size]
         folder.create(self.run_config)
-        report = Report(model.checkpoint, self._probe(model, grid).title, grid, model.activations)
+        probe = self._probe(model, grid)
+        report = Report(model.checkpoint, probe.title, grid, model.activations)
         report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
+        for part in probe.parts:
+            part.prepare(model.lm, ids)
         blocks = prepare_blocks(model.lm, grid, ids, model.activations, model.blocks_per_fit)
         if evaluate:
             with full_precision(blocks):

@@ -19,8 +19,10 @@ from plquant.nn.packed_linear import PackedLinear
 from plquant.parts.affine import Affine
 from plquant.parts.axis import AxisChoice
 from plquant.parts.clipping import LWC
+from plquant.parts.learned_rounding import LearnedRounding
 from plquant.parts.low_rank import LowRank
 from plquant.parts.reassembly import Reassembly
+from plquant.parts.rotation import Rotation
 from plquant.parts.rounding import GPTQRounding
 from plquant.parts.scale_shift import LET
 from plquant.report import Report
@@ -39,6 +41,11 @@ WEIGHT_ONLY: dict[str, Make] = {
     "AdaDim": partial(pq.methods.AdaDim, tie=True),
     "OmniQuant, axis, GPTQ": partial(pq.methods.Composed, parts=[LET, LWC, AxisChoice, GPTQRounding]),
     "low rank, LWC": partial(pq.methods.Composed, parts=[LowRank, LWC]),
+    "rotated values, learned rounding": partial(
+        pq.methods.Composed, parts=[partial(Rotation, places=["values"]), LWC, LearnedRounding]
+    ),
+    "Light": pq.methods.Light,
+    "Best, not rotated": partial(pq.methods.Best, rotate=False),
 }
 ONLINE: dict[str, Make] = {
     "AffineQuant dense": partial(pq.methods.AffineQuant, online="dense"),
@@ -52,6 +59,12 @@ QUANTIZED_ACTIVATIONS: dict[str, Make] = {
     "QLLM": pq.methods.QLLM,
     "QLLM merging": partial(pq.methods.QLLM, removal="merge", compensate=False),
     "everything": partial(pq.methods.Composed, parts=[LET, Affine, Reassembly, LowRank, LWC, GPTQRounding]),
+    "rotated stream": partial(
+        pq.methods.Composed,
+        parts=[partial(Rotation, places=["residual", "values", "queries", "linears"]), GPTQRounding],
+    ),
+    "Light": pq.methods.Light,
+    "Best": pq.methods.Best,
     "matrices, GPTQ": partial(pq.methods.Composed, parts=[LET, partial(Affine, online="kronecker"), LWC, GPTQRounding]),
 }
 

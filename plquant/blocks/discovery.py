@@ -79,7 +79,7 @@ def structure(block: nn.Module) -> Hashable:
 def find_places(block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], tolerance: float = TOLERANCE) -> Places:
     """Everything there is in a block, with one proof; arguments as those of ``find_sites``."""
     proof = Proof(block, x, kwargs)
-    return Places(tuple(_sites(proof, tolerance)), tuple(_query_sites(proof, tolerance)), tuple(proof.attentions))
+    return Places(tuple(sites_in(proof, tolerance)), tuple(_query_sites(proof, tolerance)), tuple(proof.attentions))
 
 
 def find_sites(block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], tolerance: float = TOLERANCE) -> list[Site]:
@@ -103,7 +103,7 @@ def find_sites(block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], tolerance
     Raises:
         ValueError: ``x`` has fewer than two tokens, or a linear of the block never ran.
     """
-    return _sites(Proof(block, x, kwargs), tolerance)
+    return sites_in(Proof(block, x, kwargs), tolerance)
 
 
 def find_query_sites(
@@ -117,7 +117,8 @@ def find_query_sites(
     return _query_sites(Proof(block, x, kwargs), tolerance)
 
 
-def _sites(proof: Proof, tolerance: float) -> list[Site]:
+def sites_in(proof: Proof, tolerance: float = TOLERANCE) -> list[Site]:
+    """``find_sites`` with a proof that is at hand."""
     sites: list[Site] = []
     for sources in alike(proof.block, proof.sources):
         for rows in _rows_tried(proof, sources[0]):

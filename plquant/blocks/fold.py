@@ -9,11 +9,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from plquant.blocks.sites import Stream
+
 
 class Fold:
     """Parameters of a block after transforms ``y -> A (y - shift)`` of the channels that its modules write.
 
-    ``A`` is a matrix for each head, [h, n, n]; a scale of each channel is one with n = 1.
+    ``A`` is a matrix for each head, [h, n, n]; a scale of each channel is one with n = 1. All in fp64.
 
     Args:
         modules: The modules of the block by name; their own parameters are left alone.
@@ -66,9 +68,45 @@ class Fold:
         heads = weight.unflatten(1, inverse.shape[:2])
         self.parameters[f"{name}.weight"] = torch.einsum("ohn,hni->ohi", heads, inverse).flatten(1)
 
+    def take_gain(self, name: str, gain_offset: float) -> tuple[Tensor, Tensor | None]:
+        """Leave a norm a gain of one and no bias.
+
+        Args:
+            name: Of the norm.
+            gain_offset: It multiplies by ``weight + gain_offset``.
+
+        Returns:
+            The gain and bias that it had, each [C].
+        """
+        weight, bias = self._get(name, "weight"), self._get(name, "bias")
+        assert weight is not None
+        self.parameters[f"{name}.weight"] = torch.full_like(weight, 1 - gain_offset)
+        if bias is not None:
+            self.parameters[f"{name}.bias"] = torch.zeros_like(bias)
+        return weight + gain_offset, bias
+
+    def rotate(self, stream: Stream, rotation: Tensor) -> None:
+        """The block reads and writes x Q in the place of x.
+
+        Gains and biases of norms go into what reads them; then W -> W Q there, and W -> Q^T W, b -> b Q in what writes.
+
+        Args:
+            stream: What reads and writes it.
+            rotation: Q, orthogonal, [H, H].
+        """
+        for site in stream.norms:
+            gain, bias = self.take_gain(site.source, site.gain_offset)
+            for name in site.readers:
+                self.read(name, gain[:, None, None], bias)
+                self.read(name, rotation[None])
+        for name in stream.writers:
+            self.write(name, rotation.mT[None])
+
     def _get(self, module: str, name: str) -> Tensor | None:
         found = self.parameters.get(f"{module}.{name}")
-        return getattr(self._modules[module], name, None) if found is None else found
+        if found is None:
+            found = getattr(self._modules[module], name, None)
+        return None if found is None else found.double()
 
 
 def _on_heads(matrix: Tensor, values: Tensor, rows: slice) -> Tensor:

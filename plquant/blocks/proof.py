@@ -24,7 +24,7 @@ from plquant.architectures.moe import routers
 from plquant.blocks.attentions import watching_attention
 from plquant.blocks.fold import Fold
 from plquant.blocks.nested import map_tensors
-from plquant.blocks.sites import Attention, QuerySite, Site
+from plquant.blocks.sites import Attention, QuerySite, Site, Stream
 
 # Random inputs drawn, at most, until every linear has run and every channel has been seen non-zero (ReLU, experts).
 MAX_DRAWS = 64
@@ -161,6 +161,17 @@ class Proof:
         return self.move(fold.parameters)
 
     @torch.no_grad()
+    def stream_error(self, stream: Stream, rotation: Tensor) -> float:
+        """The same by rotating the residual stream: f'(x Q) should be f(x) Q. ``rotation`` is Q, [H, H]."""
+        fold = Fold(self.modules)
+        fold.rotate(stream, rotation)
+        moved = added = 0.0
+        for x, output in zip(self._inputs, self._outputs, strict=True):
+            moved += float((self._run(x @ rotation, fold.parameters) - output @ rotation).square().sum())
+            added += float((output - x).square().sum())
+        return (moved / added) ** 0.5
+
+    @torch.no_grad()
     def readers(self, sources: Sequence[str], rows: slice = slice(None)) -> list[tuple[tuple[str, ...], Tensor | None]]:
         """Who reads the channels of each source, each scaled by nothing but itself, and their channel map [I].
 
@@ -229,7 +240,12 @@ class Proof:
 
     def is_norm(self, name: str) -> bool:
         """Whether this is a leaf with a 1-D weight and no other parameter than a bias."""
-        return _is_norm(self.modules[name])
+        return is_norm(self.modules[name])
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the residual stream, H."""
+        return self._inputs[0].shape[-1]
 
     def num_channels(self, name: str, rows: slice = slice(None)) -> int:
         """How many output channels, of these, a norm or linear has."""
@@ -312,7 +328,7 @@ class Proof:
 
         with contextlib.ExitStack() as stack:
             for module in self.modules.values():
-                if _is_reader(module) or _is_norm(module):
+                if _is_reader(module) or is_norm(module):
                     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(after).remove)
             stack.enter_context(watching_attention(attention))
@@ -362,7 +378,7 @@ class Proof:
                 continue
             if p.ndim > 1:
                 p.normal_(std=(p.shape[0] / p.numel()) ** 0.5, generator=self._generator)  # 1 / sqrt(fan in)
-            elif _is_norm(module) and name == "weight":
+            elif is_norm(module) and name == "weight":
                 p.uniform_(0.5, 1.5, generator=self._generator)
             else:
                 p.uniform_(-0.5, 0.5, generator=self._generator)
@@ -429,7 +445,8 @@ def _attention(name: str, call: _Call) -> Attention:
     return Attention(name, query.shape[1], key.shape[1], query.shape[3])
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a leaf with a 1-D weight and no other parameter than a bias."""
     dimensions = _dimensions(module)
     return dimensions.get("weight") == 1 and set(dimensions) <= {"weight", "bias"}
 

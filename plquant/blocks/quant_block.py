@@ -13,7 +13,7 @@ from plquant.architectures.moe import Experts, routers
 from plquant.blocks.nested import map_tensors
 from plquant.blocks.sites import Attention, QuerySite, Site
 from plquant.nn.activation_quantizer import ActivationQuantizer
-from plquant.nn.attention import AttentionQuantizer, quantize_attention_
+from plquant.nn.attention import CHILD, AttentionQuantizer, quantize_attention_
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.online import attach_online_
 from plquant.nn.packed_linear import PackedLinear
@@ -70,6 +70,7 @@ class QuantBlock(nn.Module):
                 if activations is not None and activations.bits is not None:
                     linear.inputs = ActivationQuantizer(activations.bits, activations.symmetric)
                 self.layers.set_submodule(name, linear)
+        self.attentions = tuple(attentions)
         if activations is not None:
             quantize_attention_(self.layers, [attention.name for attention in attentions], activations)
         self.layers.requires_grad_(False)
@@ -182,6 +183,11 @@ class QuantBlock(nn.Module):
         else:
             self.correct_norm_(site.query, query, site.gain_offset)
             self.correct_norm_(site.key, key, site.gain_offset)
+
+    def rotate_heads_(self, attention: Attention, rotation: OnlineOp) -> None:
+        """Rotate queries and keys after RoPE, where attention quantizes them."""
+        quantizer = self.layers.get_submodule(f"{attention.name}.{CHILD}")
+        attach_online_(quantizer, [rotation.to(next(self.layers.parameters()).dtype)])
 
     def correct_norm_(self, name: str, transform: Transform, gain_offset: float) -> None:
         """Let a norm write through a transform, without telling its consumers."""

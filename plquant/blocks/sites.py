@@ -94,6 +94,23 @@ class QuerySite:
         return replace(self, query=f"{parent}.{self.query}", key=f"{parent}.{self.key}")
 
 
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """All of a block that touches the residual stream, where a rotation of the stream is proven to fold.
+
+    Attributes:
+        norms: Sites of the norms that read it, and of what reads these.
+        writers: Names of the linears whose output is added to it.
+        keeps_mean: Proven only for rotations that leave the mean over channels, which LayerNorm subtracts, where it is.
+        error: As that of a ``Site``.
+    """
+
+    norms: tuple[Site, ...]
+    writers: tuple[str, ...]
+    keeps_mean: bool
+    error: float
+
+
 @dataclass(frozen=True)
 class Attention:
     """A module that calls transformers' attention interface.

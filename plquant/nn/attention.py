@@ -36,18 +36,24 @@ class AttentionQuantizer(nn.Module):
 
     Args:
         grid: Widths; queries have ``bits``, keys and values ``kv``.
+        heads: Of queries and of keys, together.
 
     Attributes:
         enabled: ``False`` gives the original attention.
+        online: A rotation of every head of queries and keys, [..., d] -> [..., d], before they are rounded; scores do
+            not see it. ``None`` for none.
     """
 
-    def __init__(self, grid: ActivationGrid) -> None:
+    def __init__(self, grid: ActivationGrid, heads: int) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.heads = grid, heads
         self.enabled = True
+        self.online: nn.Module | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, T, d], [B, H', S, d], [B, H', S, d] -> the same, rounded token by token and head by head."""
+        if self.online is not None:
+            query, key = self.online(query), self.online(key)
         widths = (self.grid.bits, self.grid.kv_bits, self.grid.kv_bits)
         return tuple(  # type: ignore[return-value]
             x if bits is None else quantize_tokens(x, bits, self.grid.symmetric)
@@ -84,7 +90,9 @@ def quantize_attention_(model: nn.Module, names: Iterable[str], grid: Activation
         if grid.probabilities is not None:
             _eager(module)  # refuses now
         config._attn_implementation = _registered(former)
-        setattr(module, CHILD, AttentionQuantizer(grid))
+        heads = config.num_attention_heads
+        heads += getattr(config, "num_key_value_heads", None) or heads
+        setattr(module, CHILD, AttentionQuantizer(grid, heads))
 
 
 def _registered(former: str) -> str:

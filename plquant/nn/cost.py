@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from plquant.formats.checkpoint import effective_bits
+from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.online import Online
 from plquant.nn.packed_linear import PackedLinear
 
@@ -32,6 +33,10 @@ class Cost:
         """That of a packed model; every expert counts as if it saw every token."""
         packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
         ops = [op for m in model.modules() if isinstance(m, Online) for op in m]
+        macs = sum(op.macs_per_token for op in ops)
+        for attention in (m for m in model.modules() if isinstance(m, AttentionQuantizer)):
+            if isinstance(attention.online, Online):  # done to every head, and counted for one so far
+                macs += (attention.heads - 1) * sum(op.macs_per_token for op in attention.online)
         offsets = [m.inputs.offset for m in packed.values() if m.inputs is not None and m.inputs.offset is not None]
         other = sum(op.stored_bits for op in ops) + sum(8 * offset.nbytes for offset in offsets)
         shapes = {name: (m.out_features, m.in_features) for name, m in packed.items()}
@@ -39,6 +44,6 @@ class Cost:
         return cls(
             effective_bits(shapes, {name: m.grid for name, m in packed.items()}, dtype, other),
             sum(out * width for out, width in shapes.values()),
-            sum(op.macs_per_token for op in ops),
+            macs,
             len(ops),
         )

@@ -33,6 +33,7 @@ class FakeQuantLinear(nn.Module):
         reads: Transforms of the input channels, whose source is another module, in order.
         writes: Transforms of the output channels of which this linear is the source, in order.
         write_rows: The output channels each of them is about.
+        nudge: [O, I'], what is added to ``w / scale`` before it is rounded, where rounding is learned; or ``None``.
         corrections: What is added to the transformed weight before rounding, in order.
         online: Those of ``reads`` of which the source leaves it to this linear to do what remains at run time.
         inputs: Quantizes what is multiplied with the weight, or ``None`` for 16-bit activations.
@@ -46,6 +47,7 @@ class FakeQuantLinear(nn.Module):
         self.grid = grid
         self.enabled = True
         self.clip: Clipping | None = None
+        self.nudge: nn.Parameter | None = None
         self.reads, self.writes, self.online = Transforms(), Transforms(), Transforms()
         self.write_rows: list[slice] = []
         self.corrections = Corrections()
@@ -70,7 +72,7 @@ class FakeQuantLinear(nn.Module):
 
     def forget_corrections(self) -> None:
         """Round to nearest, over the full range; transforms stay, others count on them."""
-        self.clip, self.corrections = None, Corrections()
+        self.clip, self.nudge, self.corrections = None, None, Corrections()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -86,13 +88,13 @@ class FakeQuantLinear(nn.Module):
         if self.watch is not None:
             self.watch(came, x)
         with torch.autocast(device, enabled=False):
-            weight = fake_quantize(*self._rounding(), dtype=dtype, scale_dtype=self.weight.dtype)
+            weight = fake_quantize(*self._rounding(), dtype=dtype, scale_dtype=self.weight.dtype, nudge=self.nudge)
             bias = self.transformed_bias(torch.promote_types(self.weight.dtype, torch.float32))
         return F.linear(x, weight, None if bias is None else bias.to(dtype))
 
     def quantize(self) -> QTensor:
         """The codes behind ``forward``."""
-        return quantize_weight(*self._rounding(), scale_dtype=self.weight.dtype)
+        return quantize_weight(*self._rounding(), scale_dtype=self.weight.dtype, nudge=self.nudge)
 
     def search_clip(self, hessian: Tensor) -> FixedClipping:
         """Clipping of least squared error on the grid it has now, input channels counting by their energy.

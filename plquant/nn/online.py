@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.packed_linear import PackedLinear
 from plquant.transforms import gather_op  # noqa: F401, make_op knows the operations that were imported
 from plquant.transforms.online import OnlineOp, make_op
 
 
 class Online(nn.Sequential):
-    """Run-time operations, in order, [..., I] -> [..., I']."""
+    """Run-time operations, in order, [..., I] -> [..., I'], on the input or the output of the module they are of."""
+
+    at: Where = "input"
 
     def __iter__(self) -> Iterator[OnlineOp]:
         """One by one."""
         return super().__iter__()  # type: ignore[return-value]
 
 
-def attach_online_(module: nn.Module, ops: Iterable[OnlineOp]) -> None:
+Where = Literal["input", "output"]
+
+
+def attach_online_(module: nn.Module, ops: Iterable[OnlineOp], at: Where = "output") -> None:
     """Make operations a part of a module, its child ``online``, so that they are saved, loaded and moved with it.
 
     Args:
-        module: A ``PackedLinear``, which then does them to its input before that is quantized; any other module (a
-            norm) to its output.
+        module: A ``PackedLinear``, which then does them to its input before that is quantized; an
+            ``AttentionQuantizer``, to queries and keys; any other module (a norm) to its output.
         ops: The operations, in order.
+        at: Whether any other module does them to its input in place of its output.
     """
     online = Online(*ops)
     if not len(online):
         return
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear | AttentionQuantizer):
         module.online = online
         return
     assert not hasattr(module, "online"), "operations would be done twice"
     module.online = online
-    module.register_forward_hook(_to_output)
+    online.at = at
+    if at == "input":
+        module.register_forward_pre_hook(_to_input)
+    else:
+        module.register_forward_hook(_to_output)
+
+
+def _to_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.online(args[0]), *args[1:])  # type: ignore[operator]
 
 
 def _to_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -47,7 +62,7 @@ def online_entries(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Name of every module with run-time operations -> where they are done and what they are, as JSON."""
     return {
         name: {
-            "at": "input" if isinstance(module, PackedLinear) else "output",
+            "at": module.online.at,
             "ops": [{"kind": op.kind, "config": op.config()} for op in module.online],
         }
         for name, module in model.named_modules()

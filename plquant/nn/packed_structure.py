@@ -80,6 +80,8 @@ class PackedStructure:
             model: The original model or block, its linears on the grid of the calibration or not.
             tensors: Names of the tensors that will be loaded, which tell whether an input quantizer has offsets.
         """
+        if self.activations is not None:
+            quantize_attention_(model, self.attention, self.activations)
         with _in_float32():
             for name, grid in self.grids.items():
                 linear = model.get_submodule(name)
@@ -89,10 +91,8 @@ class PackedStructure:
                 model.set_submodule(name, packed)
             for name, entry in self.online.items():
                 module = model.get_submodule(name)
-                device = next(itertools.chain(module.parameters(), module.buffers())).device
-                attach_online_(module, [op.to(device) for op in make_ops(entry)])
-        if self.activations is not None:
-            quantize_attention_(model, self.attention, self.activations)
+                device = next(itertools.chain(module.parameters(), module.buffers(), model.parameters())).device
+                attach_online_(module, [op.to(device) for op in make_ops(entry)], entry["at"])
 
     def _inputs(self, name: str, linear: PackedLinear, tensors: Collection[str]) -> ActivationQuantizer | None:
         if self.activations is None or self.activations.bits is None:

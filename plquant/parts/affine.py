@@ -13,6 +13,7 @@ from plquant.blocks.sites import QuerySite
 from plquant.parts.base import Part, check_rate
 from plquant.transforms.affine_matrix import AffineMatrix
 from plquant.transforms.gradual_mask import share_of_run
+from plquant.transforms.hadamard import orthogonal
 from plquant.transforms.kronecker import KroneckerAffine
 from plquant.transforms.late_start import reset_state_
 from plquant.transforms.query_key import QueryKeySide
@@ -37,6 +38,9 @@ class Affine(Part):
             effective bits. ``dense`` puts one over all channels after each norm, as in the paper's weight-only results;
             ``kronecker`` one of two small factors there and before the last linear of the MLP; ``null`` leaves them
             out.
+        start: ``identity``, or ``rotation``: random orthogonal matrices, which spread outliers over all channels before
+            anything is learned.
+        seed: Chooses the rotations.
     """
 
     place = "affine matrix"
@@ -47,6 +51,8 @@ class Affine(Part):
         lr: float = 5e-3,
         stability: float = 1.0,
         online: Literal["kronecker", "dense"] | None = None,
+        start: Literal["identity", "rotation"] = "identity",
+        seed: int = 0,
     ) -> None:
         super().__init__(block)
         check_rate("Affine", "let_lr", lr, 5e-3)
@@ -56,20 +62,25 @@ class Affine(Part):
                 "lets them move; choose more than 0, up to the paper's 1"
             )
         self.lr = lr
+        rotate = torch.Generator().manual_seed(seed) if start == "rotation" else None
         self.transforms: list[AffineMatrix | KroneckerAffine | QueryKeyMatrix] = []
         self.pairs: list[RotaryPairs] = []
         for site in block.sites:
             transform: AffineMatrix | KroneckerAffine
             channels = block.num_channels(site)
             if site.head_dim is not None:
-                transform = AffineMatrix(channels, channels // site.head_dim, site.channel, stability)
+                rotation = None if rotate is None else orthogonal(site.head_dim, rotate)[None]
+                heads = channels // site.head_dim
+                transform = AffineMatrix(channels, heads, site.channel, stability, rotation=rotation)
             elif online == "kronecker":
-                transform = KroneckerAffine(len(site.channel), stability)
+                transform = KroneckerAffine(len(site.channel), stability, rotate)
             elif online == "dense" and site.kind == "norm":
-                transform = AffineMatrix(len(site.channel), stability=stability, online=True)
+                rotation = None if rotate is None else orthogonal(len(site.channel), rotate)[None]
+                transform = AffineMatrix(len(site.channel), stability=stability, online=True, rotation=rotation)
             else:
                 continue
-            is_scaled = bool(block.linears[site.consumers[0]].reads)  # by LET
+            # By LET; behind a rotation other channels are scaled.
+            is_scaled = bool(block.linears[site.consumers[0]].reads) and rotate is None
             if is_scaled or not block.sees_scale(site, folds=not transform.is_online):
                 for name, parameter in transform.named_parameters():
                     parameter.requires_grad_(not name.endswith("log_scale"))

@@ -20,6 +20,7 @@ from plquant.quant.axis import Axis
 # from before a reassembly to other channels.
 LEGAL_ORDER = (
     "scale and shift",
+    "rotation",
     "affine matrix",
     "reassembly",
     "low rank",
@@ -37,6 +38,9 @@ class Fitting(Protocol):
 
     def observe_quantized(self, make: Callable[[int], Metric | MetricCollection], name: str, final: bool = True) -> Any:
         """A statistic of the inputs of one linear, as the quantized model has them; ``final``: as multiplied."""
+
+    def stages(self) -> list[list[str]]:
+        """Names of the linears in the order they run, those that read the same tensor together."""
 
     def error(self, tokens: int | None = None) -> float:
         """Error of the block as it is now, over about so many tokens or all; see ``token_error``."""
@@ -71,6 +75,18 @@ class Part:
         Raises:
             ValueError: It cannot, with the reason.
         """
+
+    def prepare(self, lm: nn.Module, ids: Tensor) -> bool:
+        """Change the whole model before its blocks are looked at; called on the part of a block that is none of them.
+
+        Args:
+            lm: The language model.
+            ids: int64 [N, T], the calibration ids.
+
+        Returns:
+            Whether it was changed.
+        """
+        return False
 
     def learnables(self) -> dict[float, list[nn.Parameter]]:
         """Learning rate -> parameters."""

@@ -10,18 +10,19 @@ from plquant.blocks.quant_block import QuantBlock
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.parts.base import Rounding
 from plquant.quant.affine import QTensor
+from plquant.quant.axis import output_error
 from plquant.quant.clipping import LearnedClipping
+from plquant.quant.fake_quantize import Clip
 from plquant.quant.gptq import gptq_round
 
 
 class GPTQRounding(Rounding):
     """Rounds one input channel after the other and lets those that follow make up for the error of the output.
 
-    Clipping that was learned stays as it is: this only chooses codes.
-
     Args:
         block: The block to calibrate.
-        clip: Clip each group where the error of its rounding is least, unless clipping was learned.
+        clip: Clip each group where the error of its rounding is least. Where clipping was learned (for rounding to
+            nearest), the one of both that leaves the linear's output less error is taken.
         damp: Added to the diagonal of the Hessian, as a share of its mean.
         act_order: Take the input channels in the order of falling activation energy.
     """
@@ -40,12 +41,17 @@ class GPTQRounding(Rounding):
     def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
         """Codes of least error on the inputs that gave the Hessian."""
         assert hessian is not None
-        clip: tuple[Tensor, Tensor] | Literal["mse"] | None = None if linear.clip is None else linear.clip()
-        if self.clip and not isinstance(linear.clip, LearnedClipping):
-            clip = "mse"  # of each column as it comes to be rounded: better than shares fixed before
-        return gptq_round(
-            linear.transformed().dense(), hessian, linear.grid, clip, linear.weight.dtype, self.damp, self.act_order
-        )
+        weight = linear.transformed().dense()
+        clips: list[Clip | Literal["mse"] | None] = []
+        if not self.clip or isinstance(linear.clip, LearnedClipping):
+            clips.append(None if linear.clip is None else linear.clip())
+        if self.clip:  # of each column as it comes to be rounded: better than shares that were searched before
+            clips.append("mse")
+        found = [
+            gptq_round(weight, hessian, linear.grid, clip, linear.weight.dtype, self.damp, self.act_order)
+            for clip in clips
+        ]
+        return min(found, key=lambda q: float(output_error(weight, q, hessian))) if len(found) > 1 else found[0]
 
 
 class Nearest(Rounding):

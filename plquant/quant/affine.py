@@ -35,6 +35,11 @@ class QTensor:
     zero_point: Tensor | None
     grid: IntGrid
 
+    def in_steps(self, change: Tensor) -> Tensor:
+        """A change of the weight, [O, I], in units of the scale; in its own dtype."""
+        scale = _per_group(self.scale, self.grid).to(change.dtype)
+        return from_groups(to_groups(change, self.grid) / scale, self.grid)
+
     def dequantize(self) -> Tensor:
         """The weight the codes stand for: [O, I] in the scale's dtype, ``(code - zero_point) * scale``."""
         codes = to_groups(self.codes.to(self.scale.dtype), self.grid)

@@ -53,6 +53,12 @@ class LearnedClipping(Clipping):
         self.gamma = nn.Parameter(torch.full((rows, groups, 1), init, dtype=torch.float32))
         self.beta = nn.Parameter(torch.full((rows, groups, 1), init, dtype=torch.float32))
 
+    @torch.no_grad()
+    def set_(self, low: Tensor, high: Tensor) -> None:
+        """Start from these shares, each [R, G, 1]; a share of 1 becomes 0.999, from which a gradient leads back."""
+        for logit, share in ((self.beta, low), (self.gamma, high)):
+            logit.copy_(torch.logit(share, eps=1e-3))
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """Sigmoids of the strengths."""
         return self.beta.sigmoid(), self.gamma.sigmoid()

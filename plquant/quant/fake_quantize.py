@@ -5,11 +5,11 @@ intermediate copies of the weight; this keeps none and works through the rows in
 pass takes a quarter of the time. ``quantize_weight`` (the fold) and ``fake_quantize`` (the forward) share
 ``_quantized``: their codes agree.
 
-Letters: R, G, g as in ``affine``, r rows of a piece; s scale, z zero-point, u = w / s,
-n = clamp(round(u), qmin - z, qmax - z). Rounding is straight-through (so is z's, which has no gradient at all in
-OmniQuant's released code):
+Letters: R, G, g as in ``affine``, r rows of a piece; s scale, z zero-point, u = w / s, v what moves the rounding (0
+unless it is learned), n = clamp(round(u + v), qmin - z, qmax - z). Rounding is straight-through (so is z's, which has
+no gradient at all in OmniQuant's released code):
 
-    inside the range   d(n s)/dw = 1    d(n s)/ds = n - u
+    inside the range   d(n s)/dw = 1    d(n s)/ds = n - u    d(n s)/dv = s
     clipped            d(n s)/dw = 0    d(n s)/ds = n - lo / s    d(n s)/dlo = 1    (symmetric: n and 0)
 """
 
@@ -38,6 +38,7 @@ class _Weight(NamedTuple):
         outer: [R, 1, 1], multiplies the rows.
         low: Share of the lower end, [R, G, 1].
         high: Share of the upper end, [R, G, 1].
+        nudge: v, [R, G, g].
     """
 
     groups: Tensor
@@ -45,6 +46,7 @@ class _Weight(NamedTuple):
     outer: Tensor | None
     low: Tensor | None
     high: Tensor | None
+    nudge: Tensor | None
 
     def buffers(self, count: int, pieces: int = 1) -> Tensor:
         """Memory for so many rows as are worked on at once, [count, r, G, g] in fp32 (fp64 for an fp64 weight)."""
@@ -81,13 +83,16 @@ def _quantized(weight: _Weight, grid: IntGrid, scale_dtype: torch.dtype) -> Iter
     """Every piece of a weight as codes less their zero-point, n, and ranges: the single place where codes are made."""
     (buffer,) = weight.buffers(1, pieces=2)  # of one buffer more fits the cache
     stop = 0
-    for groups, outer, *clip in _split(len(buffer), weight.groups, weight.outer, weight.low, weight.high):
+    for groups, outer, nudge, *clip in _split(
+        len(buffer), weight.groups, weight.outer, weight.nudge, weight.low, weight.high
+    ):
         start, stop = stop, stop + len(groups)
         rows = weight.product(groups, outer, into=buffer[: len(groups)])
         low, high = group_range(rows)
         lo, hi = (low, high) if clip[0] is None else (low * clip[0], high * clip[1])
         scale, zero_point = choose_qparams(lo, hi, grid, scale_dtype)
-        steps = rows.div_(scale).round_()
+        steps = rows.div_(scale)
+        steps = (steps if nudge is None else steps.add_(nudge)).round_()
         # torch.clamp with tensor bounds takes four times as long as these two.
         torch.maximum(steps, grid.qmin - zero_point, out=steps)
         torch.minimum(steps, grid.qmax - zero_point, out=steps)
@@ -109,11 +114,12 @@ class _FakeQuantize(torch.autograd.Function):
         outer: Tensor | None,
         low: Tensor | None,
         high: Tensor | None,
+        nudge: Tensor | None,
         grid: IntGrid,
         dtype: torch.dtype,
         scale_dtype: torch.dtype,
     ) -> Tensor:
-        weight = _Weight(groups, inner, outer, low, high)
+        weight = _Weight(groups, inner, outer, low, high, nudge)
         out = torch.empty_like(groups, dtype=dtype)
         found: list[_Ranges] = []
         for piece, steps, ranges in _quantized(weight, grid, scale_dtype):
@@ -126,19 +132,23 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        weight, ranges = _Weight(*saved[:5]), _Ranges(*saved[5:])
-        needs_weight, needs_inner, needs_outer, needs_clip = ctx.needs_input_grad[:4]
+        weight, ranges = _Weight(*saved[:6]), _Ranges(*saved[6:])
+        needs_weight, needs_inner, needs_outer, needs_clip, _, needs_nudge = ctx.needs_input_grad[:6]
         g_inner = torch.zeros_like(saved[1]) if needs_inner else None
         g_groups: list[Tensor] = []
         g_outer: list[Tensor] = []
+        g_nudge: list[Tensor] = []
         g_ends: list[tuple[Tensor, Tensor]] = []
         buffers = weight.buffers(4)
-        for groups, outer, g_out, *part in _split(buffers.shape[1], weight.groups, weight.outer, *grads, *ranges):
+        pieces = _split(buffers.shape[1], weight.groups, weight.outer, weight.nudge, *grads, *ranges)
+        for groups, outer, nudge, g_out, *part in pieces:
             grad, product, g_rows, rows = buffers[:, : len(groups)]
             grad.copy_(g_out)
             weight.product(groups, outer, into=rows)
             found = _Ranges(*part)
-            g_ends.append(_straight_through_(grad, product, g_rows, rows, found, ctx.grid))
+            g_ends.append(_straight_through_(grad, product, g_rows, rows, nudge, found, ctx.grid))
+            if needs_nudge:
+                g_nudge.append(g_rows * found.scale)
             if not (needs_weight or needs_inner or needs_outer):
                 continue
             _add_at_ends_(product, g_rows if needs_weight else None, rows, found, g_ends[-1], scratch=grad)
@@ -155,6 +165,7 @@ class _FakeQuantize(torch.autograd.Function):
             torch.cat(g_outer).div_(saved[2]) if needs_outer else None,
             g_lo.mul_(ranges.low) if needs_clip else None,
             g_hi.mul_(ranges.high) if needs_clip else None,
+            torch.cat(g_nudge) if needs_nudge else None,
             None,
             None,
             None,
@@ -162,7 +173,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _straight_through_(
-    grad: Tensor, product: Tensor, g_rows: Tensor, rows: Tensor, r: _Ranges, grid: IntGrid
+    grad: Tensor, product: Tensor, g_rows: Tensor, rows: Tensor, nudge: Tensor | None, r: _Ranges, grid: IntGrid
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the two ends of the range that is kept, each [r, G, 1].
 
@@ -171,10 +182,12 @@ def _straight_through_(
         product: Becomes ``g_rows * rows``.
         g_rows: Becomes the gradient of the weight with its range held fixed.
         rows: The weight.
+        nudge: What moves its rounding.
         r: Its ranges.
         grid: Its grid.
     """
-    codes = torch.div(rows, r.scale, out=product).round_()
+    codes = torch.div(rows, r.scale, out=product)
+    codes = (codes if nudge is None else codes.add_(nudge)).round_()
     if not grid.symmetric:
         codes.add_(r.zero_point)
     # Zero where a code was clipped; comparisons, which give booleans, take ten times as long on a CPU.
@@ -221,6 +234,7 @@ def fake_quantize(
     out_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     scale_dtype: torch.dtype | None = None,
+    nudge: Tensor | None = None,
 ) -> Tensor:
     """The quantized value of ``diag(out_scale) weight diag(in_scale)``, differentiable in all tensors.
 
@@ -232,11 +246,14 @@ def fake_quantize(
         out_scale: [O], positive.
         dtype: Of the result; the weight's if not given.
         scale_dtype: That the scale is stored in, and rounded to; the weight's if not given.
+        nudge: fp32 [O, I], added to ``w / scale`` before rounding.
     """
     inner, outer = _grouped_scales(weight, grid, in_scale, out_scale)
     low, high = clip if clip is not None else (None, None)
     dtypes = dtype or weight.dtype, scale_dtype or weight.dtype
-    return from_groups(_FakeQuantize.apply(to_groups(weight, grid), inner, outer, low, high, grid, *dtypes), grid)
+    nudge = None if nudge is None else to_groups(nudge, grid)
+    groups = to_groups(weight, grid)
+    return from_groups(_FakeQuantize.apply(groups, inner, outer, low, high, nudge, grid, *dtypes), grid)
 
 
 @torch.no_grad()
@@ -247,12 +264,15 @@ def quantize_weight(
     in_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
     scale_dtype: torch.dtype | None = None,
+    nudge: Tensor | None = None,
 ) -> QTensor:
     """The codes behind ``fake_quantize`` of the same arguments."""
     groups = to_groups(weight, grid)
     scale_dtype = scale_dtype or weight.dtype
     codes = torch.empty_like(groups, dtype=torch.int8 if grid.symmetric else torch.uint8)
-    scaled = _Weight(groups, *_grouped_scales(weight, grid, in_scale, out_scale), *(clip or (None, None)))
+    nudge = None if nudge is None else to_groups(nudge, grid)
+    low, high = clip if clip is not None else (None, None)
+    scaled = _Weight(groups, *_grouped_scales(weight, grid, in_scale, out_scale), low, high, nudge)
     found = []
     for piece, steps, ranges in _quantized(scaled, grid, scale_dtype):
         codes[piece] = steps.add_(ranges.zero_point)

@@ -41,6 +41,7 @@ def gptq_round(
     damp: float = 0.01,
     act_order: bool = True,
     block_size: int = 128,
+    compensated: Tensor | None = None,
 ) -> QTensor:
     """Codes that keep the output of a linear, where rounding to nearest keeps its weight.
 
@@ -55,6 +56,7 @@ def gptq_round(
         damp: Added to the diagonal of the Hessian, as a share of its mean.
         act_order: Take the columns in the order of falling ``diag(hessian)``; as they come if false.
         block_size: Columns between two updates of all the others. Changes the time, not the result.
+        compensated: fp32 [O, I], filled with what each column was when it was rounded, q_k before its rounding.
 
     Raises:
         ValueError: The Hessian cannot be one.
@@ -83,6 +85,8 @@ def gptq_round(
         for k, (column, channel) in enumerate(zip(wanted, channels[block], strict=True), start):
             column.addmv_(columns[start:k].t(), feedback[k, start:k])
             values, scale, zero_point = groups.of(channel, column)
+            if compensated is not None:
+                compensated[:, channel] = column
             values.div_(scale).round_().add_(zero_point).clamp_(grid.qmin, grid.qmax)
             codes[channel] = column
             values.sub_(zero_point).mul_(scale)

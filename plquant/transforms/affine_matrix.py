@@ -37,6 +37,7 @@ class AffineMatrix(Transform):
         stability: Constant factor on the off-diagonals (the paper's alpha).
         shift: Learn a shift too; only where source and consumers have a bias (``online``: the consumers).
         online: The source takes nothing up; the inverse is applied to its output at run time.
+        rotation: Orthogonal matrix, fp64 [heads or 1, n, n], that it starts as; the identity if not given.
     """
 
     head: Tensor | None
@@ -49,12 +50,13 @@ class AffineMatrix(Transform):
         stability: float = 1.0,
         shift: bool = False,
         online: bool = False,
+        rotation: Tensor | None = None,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"{width} channels are not {heads} heads of one width")
         self.heads, self.size, self.is_online = heads, width // heads, online
-        self.matrix = DominantMatrix(heads, self.size, stability)
+        self.matrix = DominantMatrix(heads, self.size, stability, rotation)
         self.shift = nn.Parameter(torch.zeros(width, dtype=torch.float32)) if shift else None
         self.register_buffer("head", None if channel is None else self._heads_read(channel.cpu()), persistent=False)
 

@@ -1,6 +1,8 @@
-"""Square matrices that are strictly diagonally dominant whatever is learned, hence invertible."""
+"""Square matrices that are strictly diagonally dominant whatever is learned, hence invertible; rotated or not."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +32,29 @@ class DominantMatrix(nn.Module):
     theorem; its released code neither enforces nor checks it, and learns off-diagonals in absolute units. In units of
     their row's diagonal a learning rate means the same in all rows.
 
-    The start is the identity. ``stability`` is the paper's alpha, a constant factor on the off-diagonals: with Adam it
+    The start is the identity, or with a ``rotation`` Q, orthogonal and fixed, ``A = D (I + N) Q``, which is as
+    invertible: ``Q^T (I + N)^-1 D^-1``. ``stability`` is the paper's alpha, a factor on the off-diagonals: with Adam it
     makes their learning rate ``stability`` times that of the diagonal.
 
     Args:
         count: Number of matrices, h.
         size: Width of each, n.
         stability: Factor on the off-diagonals.
+        rotation: Q, orthogonal, fp64 [h or 1, n, n].
     """
 
     opened: Tensor
+    rotation: Tensor | None
 
-    def __init__(self, count: int, size: int, stability: float = 1.0) -> None:
+    def __init__(self, count: int, size: int, stability: float = 1.0, rotation: Tensor | None = None) -> None:
         super().__init__()
         self.count, self.size, self.stability = count, size, stability
-        self.log_scale = nn.Parameter(torch.zeros(count * size, dtype=torch.float32))
+        # The entries of a Hadamard matrix over sqrt(n) are made powers of two, which the inverse has in any dtype.
+        start = 0.0 if rotation is None else math.log(2.0 ** round(math.log2(size) / 2) / math.sqrt(size))
+        self.log_scale = nn.Parameter(torch.full((count * size,), start, dtype=torch.float32))
         self.off_diagonal = nn.Parameter(torch.zeros(count, size, size, dtype=torch.float32))
         self.register_buffer("opened", torch.zeros(size, size, dtype=torch.bool), persistent=False)
+        self.register_buffer("rotation", rotation, persistent=False)
 
     def progress_(self, share: Share) -> list[tuple[nn.Parameter, Tensor]]:
         """Open the bands of this share of the run; see ``Gradual``. Before the first call only the diagonal is."""
@@ -61,6 +69,11 @@ class DominantMatrix(nn.Module):
         return self.log_scale.exp()
 
     def unit(self) -> Tensor:
+        """(I + N) Q, [h, n, n]: fp32, or fp64 if there is a Q."""
+        unit = self._dominant()
+        return unit if self.rotation is None else unit.double() @ self.rotation
+
+    def _dominant(self) -> Tensor:
         """I + N, [h, n, n]."""
         off = self.stability * self.off_diagonal * self.opened
         room = DOMINANCE - FREE
@@ -69,8 +82,9 @@ class DominantMatrix(nn.Module):
         return off * (bounded / row) + torch.eye(self.size, dtype=off.dtype, device=off.device)
 
     def unit_inverse(self) -> Tensor:
-        """(I + N)^-1, [h, n, n] in fp64: codes depend on it, so it is that of ``unit`` to the last bit of fp32."""
-        return torch.linalg.inv_ex(self.unit().double())[0]  # inv would wait for the device to ask if it is singular
+        """Q^T (I + N)^-1, [h, n, n] in fp64: codes depend on it, so it is that of ``unit`` to the last bit of fp32."""
+        inverse = torch.linalg.inv_ex(self._dominant().double())[0]  # inv would wait for the device: is it singular?
+        return inverse if self.rotation is None else self.rotation.mT @ inverse
 
     def matrix(self) -> Tensor:
         """A, [h, n, n]."""

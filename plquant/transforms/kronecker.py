@@ -9,7 +9,6 @@ identity this is AffineQuant with a factored matrix; the gradual mask acts on ea
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import torch
@@ -19,19 +18,17 @@ from plquant.quant.scaled_weight import ScaledWeight
 from plquant.transforms.base import Transform
 from plquant.transforms.dominant_matrix import DominantMatrix
 from plquant.transforms.gradual_mask import Share
+from plquant.transforms.hadamard import orthogonal, split_width
 from plquant.transforms.online import KroneckerOp, apply_kronecker
 
 # Letters: n = n1 n2 channels; O and I output and input channels of a linear.
 
 
-def most_square_split(n: int) -> tuple[int, int]:
-    """The factors of n nearest to each other, the smaller first: 576 = 24 x 24, 1536 = 32 x 48; a prime is 1 x n."""
-    small = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
-    return small, n // small
-
-
 class KroneckerAffine(Transform):
-    """A learnable Kronecker product in front of linears, applied at run time; starts as the identity.
+    """A learnable Kronecker product in front of linears, applied at run time.
+
+    It starts as the identity, or as a random rotation, which spreads outliers over all channels; both factors are then
+    Hadamard matrices where such are known.
 
     The factors are ``DominantMatrix``: invertible at every step, and so is their product. A scale per channel that the
     source can take up, and a shift, go before it as a ``ScaleShift``.
@@ -40,17 +37,19 @@ class KroneckerAffine(Transform):
         width: Channels, n, of the consumers' input. A prime number leaves one dense matrix of that width, and a
             warning.
         stability: Constant factor on the off-diagonals of both factors (AffineQuant's alpha).
+        rotate: Chooses the rotation to start as, if given.
     """
 
     is_online = True
 
-    def __init__(self, width: int, stability: float = 1.0) -> None:
+    def __init__(self, width: int, stability: float = 1.0, rotate: torch.Generator | None = None) -> None:
         super().__init__()
-        n1, n2 = most_square_split(width)
+        n1, n2 = split_width(width)
         if n1 == 1 < n2:
             warnings.warn(f"{width} is prime: its Kronecker product is a dense matrix of that width", stacklevel=2)
-        self.left = DominantMatrix(1, n1, stability)
-        self.right = DominantMatrix(1, n2, stability)
+        left, right = (None if rotate is None else orthogonal(n, rotate)[None] for n in (n1, n2))
+        self.left = DominantMatrix(1, n1, stability, left)
+        self.right = DominantMatrix(1, n2, stability, right)
 
     def progress_(self, share: Share) -> list[tuple[nn.Parameter, Tensor]]:
         """Open the bands of this share of the run in both factors; see ``Gradual``."""

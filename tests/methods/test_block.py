@@ -16,13 +16,16 @@ from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.proof import _AllDouble
 from plquant.blocks.quant_block import QuantBlock
-from plquant.methods import GPTQ, QLLM, RTN, AffineQuant, OmniQuant
+from plquant.methods import GPTQ, QLLM, RTN, AffineQuant, Composed, OmniQuant
 from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.online import Online
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.transformed_norm import TransformedNorm
 from plquant.parts.affine import Affine
+from plquant.parts.clipping import LWC
+from plquant.parts.learned_rounding import LearnedRounding
+from plquant.parts.rotation import Rotation
 from plquant.parts.scale_shift import LET
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.transforms.dominant_matrix import DominantMatrix
@@ -87,6 +90,16 @@ METHODS: dict[str, Callable[[QuantBlock], BlockModule]] = {
     "AffineQuant": AffineQuant,
     "AffineQuant, dense": partial(AffineQuant, online="dense"),
     "AffineQuant, kronecker": partial(AffineQuant, online="kronecker"),
+    "rotated": partial(Composed, parts=[LET, Rotation, LWC]),
+    "rotated and learned": partial(
+        Composed,
+        parts=[
+            LET,
+            partial(Affine, online="kronecker", start="rotation"),
+            LWC,
+            partial(LearnedRounding, start="nearest"),
+        ],
+    ),
 }
 
 
@@ -214,6 +227,7 @@ FITTED: dict[str, tuple[Callable[[QuantBlock], BlockModule], ActivationGrid | No
     "AffineQuant A4": (partial(AffineQuant, alpha=None, lwc_lr=3e-2), ActivationGrid(4)),
     "AffineQuant, kronecker": (partial(AffineQuant, alpha=None, lwc_lr=3e-2, online="kronecker"), None),
     "QLLM A4": (partial(QLLM, lr=1e-2), ActivationGrid(4)),
+    "learned rounding": (partial(Composed, parts=[partial(LWC, lr=1e-2), LearnedRounding]), None),
 }
 
 

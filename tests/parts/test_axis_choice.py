@@ -1,5 +1,7 @@
 """Groups along either axis are compared on equal terms."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,9 @@ from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Rounding
 from plquant.parts.clipping import LWC
 from plquant.parts.rounding import GPTQRounding
+from plquant.quant.axis import output_error
 from plquant.quant.clip_search import mse_clip
-from plquant.quant.fake_quantize import quantize_weight
+from plquant.quant.fake_quantize import Clip, quantize_weight
 from plquant.quant.gptq import gptq_round
 from plquant.quant.grid import IntGrid
 
@@ -40,8 +43,28 @@ def test_the_axis_without_learned_clipping_is_clipped_where_its_error_is_least()
 
 def test_gptq_clips_it_column_by_column_if_it_clips() -> None:
     block, linear, hessian = block_with_outlier_channels()
-    (found,) = AxisChoice(block).round([linear], hessian, GPTQRounding(block).round)
-    assert torch.equal(found.codes, gptq_round(linear.weight, hessian, OUT, "mse", act_order=True).codes)
+    columns = gptq_round(linear.weight, hessian, OUT, "mse", act_order=True)
+    assert AxisChoice(block)._candidates(linear, hessian, GPTQRounding(block).round)["out"].codes.equal(columns.codes)
     (found,) = AxisChoice(block).round([linear], hessian, GPTQRounding(block, clip=False).round)
     shares = mse_clip(linear.weight, OUT)
     assert torch.equal(found.codes, gptq_round(linear.weight, hessian, OUT, shares, act_order=True).codes)
+
+
+def test_gptq_takes_the_better_of_learned_and_searched_clipping() -> None:
+    block, linear, hessian = block_with_outlier_channels()
+    (clip,) = LWC(block).clips
+
+    def error(clip: Clip | Literal["mse"]) -> float:
+        codes = gptq_round(linear.weight, hessian, linear.grid, clip, act_order=True)
+        return float(output_error(linear.weight, codes, hessian))
+
+    shares, generator = mse_clip(linear.weight, linear.grid), torch.Generator().manual_seed(0)
+    for _ in range(300):  # what a fit does: keep what helps
+        noise = [torch.empty_like(share).normal_(0, 0.02, generator=generator) for share in shares]
+        tried = tuple((share + n).clamp(0.01, 0.999) for share, n in zip(shares, noise, strict=True))
+        shares = min(shares, tried, key=error)  # type: ignore[type-var]
+    for learned, is_better in ((shares, True), ((shares[0] / 4, shares[1] / 4), False)):
+        clip.set_(*learned)
+        assert (error(clip()) < error("mse")) == is_better
+        expected = gptq_round(linear.weight, hessian, linear.grid, clip() if is_better else "mse", act_order=True)
+        assert torch.equal(GPTQRounding(block).round(linear, hessian).codes, expected.codes)

@@ -84,8 +84,10 @@ def test_training_forward_has_the_codes_of_the_fold(grid: IntGrid, dtype: torch.
         for parameter in clip.parameters():
             parameter += random(*parameter.shape, seed=seed + 1).float()
     in_scale, out_scale = random(8, seed=seed).exp().float(), random(16, seed=seed).exp().float()
-    trained = fake_quantize(weight, grid, clip(), in_scale, out_scale)
-    assert torch.equal(trained, quantize_weight(weight, grid, clip(), in_scale, out_scale).dequantize())
+    for nudge in (None, random(16, 8, seed=seed + 2).float()):
+        trained = fake_quantize(weight, grid, clip(), in_scale, out_scale, nudge=nudge)
+        folded = quantize_weight(weight, grid, clip(), in_scale, out_scale, nudge=nudge)
+        assert torch.equal(trained, folded.dequantize())
 
 
 def test_the_weight_itself_is_left_alone() -> None:
@@ -105,7 +107,14 @@ def test_saturated_clipping_is_min_max() -> None:
     )
 
 
-def plain(weight: Tensor, grid: IntGrid, clip: tuple[Tensor, Tensor], in_scale: Tensor, out_scale: Tensor) -> Tensor:
+def plain(
+    weight: Tensor,
+    grid: IntGrid,
+    clip: tuple[Tensor, Tensor],
+    in_scale: Tensor,
+    out_scale: Tensor,
+    nudge: Tensor | None = None,
+) -> Tensor:
     """The same quantizer as chained autograd operations: the specification."""
 
     def ste(x: Tensor) -> Tensor:
@@ -120,7 +129,8 @@ def plain(weight: Tensor, grid: IntGrid, clip: tuple[Tensor, Tensor], in_scale: 
     else:
         scale = (hi - lo) / grid.qmax
         zero_point = ste(-lo / scale)
-    codes = (ste(groups / scale) + zero_point).clamp(grid.qmin, grid.qmax)
+    moved = groups / scale + (0 if nudge is None else to_groups(nudge, grid))
+    codes = (ste(moved) + zero_point).clamp(grid.qmin, grid.qmax)
     return from_groups((codes - zero_point) * scale, grid)
 
 
@@ -138,10 +148,11 @@ def test_gradients_are_those_of_plain_autograd(
     in_scale, out_scale = random(24).exp().requires_grad_(), random(32).exp().requires_grad_()
     shape = (32, 3, 1) if axis == "in" else (24, 4, 1)
     low, high = (random(*shape, seed=s).sigmoid().requires_grad_() for s in (1, 2))
-    inputs = (weight, low, high, in_scale, out_scale)
+    nudge = random(32, 24, seed=4).requires_grad_()
+    inputs = (weight, low, high, in_scale, out_scale, nudge)
     upstream = random(32, 24, seed=3)
-    ours = fake_quantize(weight, grid, (low, high), in_scale, out_scale)
-    reference = plain(weight, grid, (low, high), in_scale, out_scale)
+    ours = fake_quantize(weight, grid, (low, high), in_scale, out_scale, nudge=nudge)
+    reference = plain(weight, grid, (low, high), in_scale, out_scale, nudge)
     torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
     for a, b in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(reference, inputs, upstream), strict=True
@@ -149,22 +160,23 @@ def test_gradients_are_those_of_plain_autograd(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("asked", [(0,), (1, 2), (3,), (4,), (0, 3), (1, 2, 4)])
+@pytest.mark.parametrize("asked", [(0,), (1, 2), (3,), (4,), (0, 3), (1, 2, 4), (5,), (0, 5)])
 @pytest.mark.parametrize("axis", ["in", "out"])
 def test_a_gradient_is_the_same_whatever_else_is_asked_for(axis: str, asked: tuple[int, ...]) -> None:
     grid = IntGrid(3, 8, axis=axis)  # type: ignore[arg-type]
     shape = (32, 3, 1) if axis == "in" else (24, 4, 1)
     values = [random(32, 24), *(random(*shape, seed=s).sigmoid() for s in (1, 2)), random(24).exp(), random(32).exp()]
+    values.append(random(32, 24, seed=4))
     upstream = random(32, 24, seed=3)
 
     def gradients(asked: tuple[int, ...]) -> dict[int, Tensor]:
-        weight, low, high, in_scale, out_scale = (v.clone().requires_grad_(i in asked) for i, v in enumerate(values))
-        inputs = dict(enumerate((weight, low, high, in_scale, out_scale)))
-        out = fake_quantize(weight, grid, (low, high), in_scale, out_scale)
+        inputs = [v.clone().requires_grad_(i in asked) for i, v in enumerate(values)]
+        weight, low, high, in_scale, out_scale, nudge = inputs
+        out = fake_quantize(weight, grid, (low, high), in_scale, out_scale, nudge=nudge)
         found = torch.autograd.grad(out, [inputs[i] for i in asked], upstream)
         return dict(zip(asked, found, strict=True))
 
-    everything = gradients((0, 1, 2, 3, 4))
+    everything = gradients((0, 1, 2, 3, 4, 5))
     for index, gradient in gradients(asked).items():
         assert torch.equal(gradient, everything[index])
 

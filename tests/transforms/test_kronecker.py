@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from plquant.quant.scaled_weight import ScaledWeight
+from plquant.quant.token_quantize import quantize_tokens
 from plquant.transforms.gradual_mask import gradual_mask
-from plquant.transforms.kronecker import KroneckerAffine, most_square_split
+from plquant.transforms.hadamard import split_width
+from plquant.transforms.kronecker import KroneckerAffine
 from plquant.transforms.scale_shift import ScaleShift
 from tests.transforms.toy import randomized, read, relative
 
@@ -40,7 +42,7 @@ def dense(transform: KroneckerAffine) -> Tensor:
     ],
 )
 def test_splits_as_square_as_it_gets(n: int, factors: tuple[int, int]) -> None:
-    assert most_square_split(n) == factors
+    assert split_width(n) == factors
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -100,6 +102,29 @@ def test_what_runs_later_is_what_ran_in_training_to_the_bit(dtype: torch.dtype) 
     with torch.no_grad():
         fold = copy.deepcopy(transform).read_weight(ScaledWeight(weight)).dense()
     assert training.requires_grad and training.dtype == torch.float32 and torch.equal(training, fold)
+
+
+def test_a_rotation_leaves_four_bits_to_all_channels() -> None:
+    """One channel of thirty times the size takes the whole range; spread over all it does not."""
+    torch.manual_seed(0)
+    x, consumer = torch.randn(50, 96, dtype=torch.float64), torch.randn(8, 96, dtype=torch.float64)
+    x[:, 7] *= 30
+    consumer[:, 7] /= 30
+    errors = {}
+    for name, rotate in {"plain": None, "rotated": torch.Generator().manual_seed(0)}.items():
+        transform = KroneckerAffine(96, rotate=rotate)
+        weight = transform.read_weight(ScaledWeight(consumer)).dense()
+        assert relative(transform.online(x) @ weight.T, x @ consumer.T) < 1e-12
+        errors[name] = float(relative(quantize_tokens(transform.online(x), 4) @ weight.T, x @ consumer.T))
+    assert errors["rotated"] < 0.4 * errors["plain"]
+
+
+def test_a_rotation_is_exact_in_any_dtype() -> None:
+    """Entries of a Hadamard matrix are powers of two there, so that rounding them moves nothing."""
+    op = KroneckerAffine(576, rotate=torch.Generator().manual_seed(0)).online_op()
+    for factor in (op.left, op.right):
+        torch.testing.assert_close(factor.abs(), torch.full_like(factor, 0.25), rtol=1e-6, atol=0)
+        assert torch.equal(factor.bfloat16().float().abs(), torch.full_like(factor, 0.25))
 
 
 def test_costs_the_square_root() -> None:

