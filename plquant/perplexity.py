@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 ROWS = 256  # logits turned to fp32 at once: [256, vocabulary]
 
@@ -23,24 +24,49 @@ class TokenNLL(Metric):
     """
 
     full_state_update = False
-    total: Tensor
+    sums: list[Tensor]
     tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", [], dist_reduce_fx="cat")  # of every window
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, ids: Tensor) -> None:
         """Take in logits [B, T, V], any floating dtype, of the ids [B, T]."""
-        predicted, following = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        for rows, targets in zip(predicted.split(ROWS), following.split(ROWS), strict=True):
-            self.total += F.cross_entropy(rows.float(), targets, reduction="sum")
-        self.tokens += following.numel()
+        for window, following in zip(logits[:, :-1], ids[:, 1:], strict=True):
+            pairs = zip(window.split(ROWS), following.split(ROWS), strict=True)
+            sums = [F.cross_entropy(rows.float(), targets, reduction="sum").double() for rows, targets in pairs]
+            self.sums.append(torch.stack(sums).sum(0, keepdim=True))
+            self.tokens += following.numel()
 
     def compute(self) -> Tensor:
         """The mean, fp64."""
-        return self.total / self.tokens
+        return dim_zero_cat(self.sums).sum() / self.tokens
+
+    def windows(self) -> list[float]:
+        """The mean of every window, in the order they came; their tokens are as many in each."""
+        sums = dim_zero_cat(self.sums)
+        return [float(nll) for nll in sums * len(sums) / self.tokens]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two models on the same windows.
+
+    Attributes:
+        difference: Of their mean negative log-likelihoods, nats per token; negative if the first is better.
+        standard_error: Of that difference, from those of the windows: the windows' own difficulty, which both meet, is
+            not in it. ``None`` with a single window.
+    """
+
+    difference: float
+    standard_error: float | None
+
+    @property
+    def ratio(self) -> float:
+        """The first perplexity over the second."""
+        return math.exp(self.difference)
 
 
 @dataclass(frozen=True)
@@ -52,12 +78,14 @@ class PerplexityResult:
         nll: Mean negative log-likelihood per predicted token, nats.
         dtype: Of the model's activations.
         protocol: Text, its hash, tokens, window length, windows, words.
+        windows: The same mean of every window, for comparisons.
     """
 
     model: str
     nll: float
     dtype: str
     protocol: dict[str, Any]
+    windows: list[float] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float:
@@ -69,8 +97,8 @@ class PerplexityResult:
         """Per word of the text: exp(nll * tokens / words), comparable between tokenizers."""
         return math.exp(min(self.nll * self.protocol["tokens"] / max(self.protocol["words"], 1), 700.0))
 
-    def compare(self, other: PerplexityResult) -> float:
-        """This perplexity over the other's.
+    def check_compares(self, other: PerplexityResult) -> None:
+        """Refuse what does not compare.
 
         Raises:
             ValueError: They were measured on different text, windows or in another dtype.
@@ -86,7 +114,14 @@ class PerplexityResult:
                 f"perplexities of {self.model} and {other.model} were measured under different protocols and "
                 f"do not compare:\n{rows}\nRun `plquant validate` on both with the same --data options."
             )
-        return math.exp(self.nll - other.nll)
+
+    def compare(self, other: PerplexityResult) -> Comparison:
+        """This result against another that compares, window by window."""
+        self.check_compares(other)
+        ours, theirs = (torch.tensor(r.windows, dtype=torch.float64) for r in (self, other))
+        difference = ours - theirs
+        error = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else None
+        return Comparison(self.nll - other.nll, error)
 
     def as_dict(self) -> dict[str, Any]:
         """Fields and both perplexities, for JSON."""
@@ -101,6 +136,6 @@ class PerplexityResult:
         """
         try:
             content = json.loads(Path(path).read_text())
-            return cls(**{field.name: content[field.name] for field in fields(cls)})
+            return cls(**{f.name: content[f.name] for f in fields(cls)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result written by `plquant validate`: {error!r}") from error

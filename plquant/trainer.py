@@ -233,7 +233,7 @@ class BlockwiseTrainer(L.Trainer):
         protocol = datamodule.evaluation_text(model).protocol
         earlier = None if baseline is None else PerplexityResult.read(baseline)
         if earlier is not None:  # refuse now what would not compare, not after the work
-            PerplexityResult(model.checkpoint, 0.0, self._precision_of(model), protocol).compare(earlier)
+            PerplexityResult(model.checkpoint, 0.0, self._precision_of(model), protocol).check_compares(earlier)
         if not Path(result_file).absolute().parent.is_dir():
             raise ValueError(f"--result_file={result_file}: there is no such folder")
         result = self._perplexity(model, datamodule)
@@ -244,7 +244,14 @@ class BlockwiseTrainer(L.Trainer):
             f"tokens, {result.dtype}); written to {result_file}"
         )
         if earlier is not None:
-            print(f"{result.compare(earlier):.4f} times that of {earlier.model} ({earlier.perplexity:.3f})")
+            compared = result.compare(earlier)
+            error = (
+                "" if compared.standard_error is None else f" with a standard error of {compared.standard_error:.4f}"
+            )
+            print(
+                f"{compared.ratio:.4f} times that of {earlier.model} ({earlier.perplexity:.3f}): a difference of "
+                f"{compared.difference:+.4f} nats a token, window by window{error}"
+            )
         return result
 
     def _perplexity(self, model: QuantizedLM, datamodule: TextData) -> PerplexityResult:
@@ -257,7 +264,8 @@ class BlockwiseTrainer(L.Trainer):
                 f"{int(model.nll.tokens)} of {asked} tokens were measured: a perplexity is that of the whole text "
                 "asked for. Leave out --trainer.limit_val_batches and --trainer.fast_dev_run; use --data.eval_windows."
             )
-        return PerplexityResult(model.checkpoint, float(model.nll.compute()), self._precision_of(model), protocol)
+        nll, precision = model.nll, self._precision_of(model)
+        return PerplexityResult(model.checkpoint, float(nll.compute()), precision, protocol, nll.windows())
 
     def _precision_of(self, model: QuantizedLM) -> str:
         return f"{str(model.load_dtype).removeprefix('torch.')}, {self.precision}"

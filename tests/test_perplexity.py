@@ -1,6 +1,7 @@
 """The metric against transformers' own loss, and the refusal to compare what does not compare."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def test_mean_over_windows_is_the_mean_of_transformers_losses() -> None:
         expected = torch.stack([lm(ids, labels=ids).loss for ids in windows]).double().mean()
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-6, atol=0)
     assert metric.tokens == 5 * 31
+    assert sum(metric.windows()) / 5 == pytest.approx(float(expected), rel=1e-6) and len(set(metric.windows())) == 5
 
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
@@ -46,8 +48,19 @@ def test_word_perplexity_spreads_the_nats_over_words() -> None:
     assert result().word_perplexity == pytest.approx(math.exp(2.0 * 20 / 5))
 
 
+def test_what_is_hard_for_both_is_no_noise_between_them() -> None:
+    """Windows differ by whole nats, the models by a tenth in each."""
+    better, worse = ([hard + gap for hard in (1.0, 2.0, 4.0)] for gap in (0.0, 0.1))
+    compared = replace(result(7 / 3), windows=better).compare(replace(result(7 / 3 + 0.1), windows=worse))
+    assert compared.difference == pytest.approx(-0.1) and compared.standard_error == pytest.approx(0, abs=1e-12)
+    worse[0] += 0.3
+    noisy = replace(result(7 / 3), windows=better).compare(replace(result(7 / 3 + 0.2), windows=worse))
+    assert noisy.standard_error == pytest.approx(0.3 / 3**0.5 / 3**0.5)
+    assert replace(result(), windows=[1.0]).compare(replace(result(), windows=[2.0])).standard_error is None
+
+
 def test_comparison_is_a_ratio_and_needs_one_protocol(tmp_path: Path) -> None:
-    assert result(2.0).compare(result(1.0)) == pytest.approx(math.e)
+    assert result(2.0).compare(result(1.0)).ratio == pytest.approx(math.e)
     with pytest.raises(ValueError, match=r"(?s)different protocols.*window_length: 10 against 20"):
         result().compare(result(window_length=20))
     (tmp_path / "x.json").write_text('{"model": "m"}')
