@@ -40,7 +40,9 @@ COMPOSED: dict[str, dict[str, str]] = {
         "OmniQuant + GPTQ": "LET, LWC, GPTQRounding",
         "OmniQuant + QLLM": "LET, Reassembly, LowRank, LWC, GPTQRounding",
         "AffineQuant + QLLM": "LET, Affine, Reassembly, LowRank, LWC, GPTQRounding",
-        "AffineQuant online": "LET, {class_path: Affine, init_args: {online: kronecker}}, LWC, GPTQRounding",
+        "AffineQuant rotated": "{class_path: LET, init_args: {lr: 1e-2}}, "
+        "{class_path: Rotation, init_args: {places: [queries]}}, "
+        "{class_path: Affine, init_args: {lr: 1e-2, online: kronecker, start: rotation}}, LWC, GPTQRounding",
     },
 }
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
