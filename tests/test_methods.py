@@ -44,7 +44,7 @@ WEIGHT_ONLY: dict[str, Make] = {
     "rotated values, learned rounding": partial(
         pq.methods.Composed, parts=[partial(Rotation, places=["values"]), LWC, LearnedRounding]
     ),
-    "Light": pq.methods.Light,
+    "Light, not rotated": partial(pq.methods.Light, rotate=False),
     "Best, not rotated": partial(pq.methods.Best, rotate=False),
 }
 ONLINE: dict[str, Make] = {

@@ -11,20 +11,23 @@ from plquant.parts.rounding import GPTQRounding
 
 
 class Light(BlockModule):
-    """GPTQ with searched clipping: on rotated channels where activations are quantized, else on the better axis.
+    """GPTQ with searched clipping, on rotated channels.
 
-    Nothing is learned, so that ``--trainer.max_epochs`` makes no difference. The rotations run with the model.
+    Nothing is learned, so that ``--trainer.max_epochs`` makes no difference. Most rotations run with the model: such a
+    checkpoint opens with plquant.load only.
 
     Args:
         block: The block to calibrate.
+        rotate: Rotate; without it groups run along the better axis of each linear where activations have 16 bits, and
+            stock transformers opens the checkpoint.
         seed: Chooses the rotations.
     """
 
-    def __init__(self, block: QuantBlock, seed: int = 0) -> None:
+    def __init__(self, block: QuantBlock, rotate: bool = True, seed: int = 0) -> None:
         parts: list[Part] = []
-        if block.activations is not None:
+        if rotate:
             parts.append(Rotation(block, seed=seed))
-        elif block.grid.axis == "in" and block.grid.group_size is not None:
+        elif block.activations is None and block.grid.axis == "in" and block.grid.group_size is not None:
             parts.append(AxisChoice(block))
         super().__init__(block, [*parts, GPTQRounding(block)])
         self.save_hyperparameters(ignore=["block"])
