@@ -76,17 +76,13 @@ class Part:
             ValueError: It cannot, with the reason.
         """
 
-    def prepare(self, lm: nn.Module, ids: Tensor) -> bool:
+    def prepare(self, lm: nn.Module, ids: Tensor) -> None:
         """Change the whole model before its blocks are looked at; called on the part of a block that is none of them.
 
         Args:
             lm: The language model.
             ids: int64 [N, T], the calibration ids.
-
-        Returns:
-            Whether it was changed.
         """
-        return False
 
     def learnables(self) -> dict[float, list[nn.Parameter]]:
         """Learning rate -> parameters."""

@@ -60,8 +60,7 @@ class Rotation(Part):
                 factors = (orthogonal(n, rotate) for n in split_width(attention.head_dim))
                 block.rotate_heads_(attention, KroneckerOp(*factors))
 
-    def prepare(self, lm: nn.Module, ids: Tensor) -> bool:
+    def prepare(self, lm: nn.Module, ids: Tensor) -> None:
         """Rotate the residual stream, if asked."""
         if self.residual:
             rotate_stream_(lm, ids, self.seed)
-        return self.residual
