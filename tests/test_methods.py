@@ -59,6 +59,9 @@ QUANTIZED_ACTIVATIONS: dict[str, Make] = {
     "QLLM": pq.methods.QLLM,
     "QLLM merging": partial(pq.methods.QLLM, removal="merge", compensate=False),
     "everything": partial(pq.methods.Composed, parts=[LET, Affine, Reassembly, LowRank, LWC, GPTQRounding]),
+    "everything, learned rounding": partial(
+        pq.methods.Composed, parts=[LET, Affine, Reassembly, LowRank, LWC, LearnedRounding]
+    ),
     "rotated stream": partial(
         pq.methods.Composed,
         parts=[partial(Rotation, places=["residual", "values", "queries", "linears"]), GPTQRounding],

@@ -48,14 +48,13 @@ class LearnedRounding(Rounding):
     @torch.no_grad()
     def start(self, fitting: Fitting) -> None:
         """GPTQ, linear after linear, each on inputs that those before it have given."""
-        for names in fitting.stages():
-            hessian = fitting.observe_quantized(Hessian, names[0]) if self.from_gptq else None
+        for name, nudge in self.nudges.items():  # a reassembly has changed the width of some
+            nudge.data = torch.zeros_like(self.block.linears[name].transformed().dense())
+        for names in fitting.stages() if self.from_gptq else ():
+            hessian = fitting.observe_quantized(Hessian, names[0])
             for name in names:
-                linear, nudge = self.block.linears[name], self.nudges[name]
+                linear = self.block.linears[name]
                 weight = linear.transformed().dense()
-                nudge.data = torch.zeros_like(weight)  # a reassembly has changed its width
-                if hessian is None:
-                    continue
                 searched = linear.search_clip(hessian)
                 if isinstance(linear.clip, LearnedClipping):
                     linear.clip.set_(*searched())
@@ -63,4 +62,4 @@ class LearnedRounding(Rounding):
                     linear.clip = searched
                 compensated = torch.empty_like(weight)
                 gptq_round(weight, hessian, linear.grid, linear.clip(), linear.weight.dtype, compensated=compensated)
-                nudge.add_(linear.quantize().in_steps(compensated - weight))
+                self.nudges[name].add_(linear.quantize().in_steps(compensated - weight))
