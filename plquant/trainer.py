@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
 from plquant.callbacks import BlockProgress
-from plquant.data.base import TextData
+from plquant.data.base import TextData, ids_sha256
 from plquant.files import write_json
 from plquant.formats.checkpoint import predicted_bytes
 from plquant.formats.quantization_config import FORMAT
+from plquant.manifest import machine
 from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
 from plquant.nn.packed_structure import PackedStructure
 from plquant.perplexity import PerplexityResult
 from plquant.quant.grid import IntGrid
-from plquant.report import BlockRecord, Report
+from plquant.report import BlockRecord, Report, versions
 from plquant.run_folder import RunFolder
 
 # Lightning's advice for training, which does not apply: a block is in evaluation mode and has no validation of its own.
@@ -107,7 +109,7 @@ class BlockwiseTrainer(L.Trainer):
             output_dir: Folder of the quantized model, new or empty or that of an interrupted run.
             evaluate: Measure perplexity in full precision, rounded to nearest, and calibrated.
         """
-        started = time.monotonic()
+        began, started = datetime.now(UTC), time.monotonic()
         one_step = bool(self._block_arguments.get("fast_dev_run"))  # per block
         evaluate = evaluate and not one_step
         grid, folder, done = self._check(model, datamodule, output_dir)
@@ -119,7 +121,7 @@ class BlockwiseTrainer(L.Trainer):
         ids = datamodule.calibration_ids(model)
         if one_step:
             ids = ids[: datamodule.batch_size]
-        folder.create(self.run_config)
+        folder.create(self.run_config, ids_sha256(ids))
         report = Report(model.checkpoint, self._probe(model, grid).title, grid, model.activations)
         report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
         blocks = prepare_blocks(model.lm, grid, ids, model.activations, model.blocks_per_fit)
@@ -151,7 +153,8 @@ class BlockwiseTrainer(L.Trainer):
             report.perplexities[report.title] = self._perplexity(model, datamodule)
         report.seconds = time.monotonic() - started
         report.write(folder.path)
-        folder.finish(len(blocks))
+        made = {"started": began.isoformat(timespec="seconds"), "seconds": report.seconds, "machine": machine()}
+        folder.finish(len(blocks), {"recipe": folder.recipe, "versions": versions(), **made})
         report.print()
         return report
 

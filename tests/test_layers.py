@@ -23,7 +23,8 @@ BELOW = {
     "callbacks": ["block_module"],
     "perplexity": [],
     "sources": [],
-    "run_folder": ["files", "formats"],
+    "manifest": ["files"],
+    "run_folder": ["files", "formats", "manifest"],
     "packed_model": ["architectures", "quant", "formats", "nn"],
     "report": ["files", "quant", "nn", "perplexity", ""],
     "model": [
@@ -32,7 +33,7 @@ BELOW = {
     ],
     "trainer": [
         *["", "quant", "nn", "blocks", "block_module", "data", "files", "formats", "model", "callbacks"],
-        *["perplexity", "report", "run_folder"],
+        *["manifest", "perplexity", "report", "run_folder"],
     ],
 }
 PURE = {"quant", "transforms"}  # never lightning or transformers
