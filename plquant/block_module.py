@@ -186,10 +186,14 @@ class BlockModule(L.LightningModule):
             self._best_loss = loss
             self._best_state = [parameter.detach().clone() for parameter in self._trained()]
 
-    @torch.no_grad()
     def on_train_end(self) -> None:
         """Go back to the best epoch."""
-        for parameter, best in zip(self._trained(), self._best_state, strict=True):
+        self.go_back_()
+
+    @torch.no_grad()
+    def go_back_(self) -> None:
+        """Be again what had the least error: the best epoch, or the start; before the first step nothing changes."""
+        for parameter, best in zip(self._trained(), self._best_state, strict=bool(self._best_state)):
             parameter.copy_(best)
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ from plquant.blocks.quant_block import QuantBlock
 from plquant.callbacks import BlockProgress
 from plquant.data.base import TextData, ids_sha256
 from plquant.files import write_json
+from plquant.finite import require_finite, require_finite_stream
 from plquant.formats.checkpoint import predicted_bytes
 from plquant.formats.quantization_config import FORMAT
 from plquant.manifest import machine
@@ -50,6 +51,7 @@ HINTS = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*was called before the ``update`` method.*",  # of an expert that no token was sent to
 )
+SAME = 1e-5  # relative difference of two errors summed in another order
 PRECISIONS = ("bf16-mixed", "32-true")
 
 
@@ -121,6 +123,7 @@ class BlockwiseTrainer(L.Trainer):
         ids = datamodule.calibration_ids(model)
         if one_step:
             ids = ids[: datamodule.batch_size]
+        require_finite(model.lm, ids[:1])
         folder.create(self.run_config, ids_sha256(ids))
         report = Report(model.checkpoint, self._probe(model, grid).title, grid, model.activations)
         report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
@@ -169,7 +172,9 @@ class BlockwiseTrainer(L.Trainer):
         with self._on_device(block):
             with block.full_precision():
                 block.map_(x_fp, at_once(x_fp))
+            require_finite_stream(x_fp, block.name)
             before = self._error(block, x_q, x_fp)
+        kept = block.kept_layers()
         module = model.method(block)
         module.to(self.strategy.root_device)  # what its parts have made
         module.error_before, module.progress = max(before, 1e-12), progress
@@ -178,9 +183,12 @@ class BlockwiseTrainer(L.Trainer):
             tensors.append(x_q.clone())
             with self._on_device(block), block.full_precision():
                 block.map_(tensors[-1], at_once(x_q))
-        self._fit(module, Activations(tuple(tensors), batch_size, seed))
-        with self._on_device(block):  # Lightning has put it back on the CPU
-            module.fold()
+        reason = self._fit_and_fold(module, Activations(tuple(tensors), batch_size, seed), x_q, x_fp, before)
+        if reason:
+            block.restore_(kept)
+        with self._on_device(block):
+            if reason:
+                block.pack_()
             block.map_(x_q, at_once(x_q))
         block.put_away()
         after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
@@ -188,7 +196,27 @@ class BlockwiseTrainer(L.Trainer):
         unseen = [f"{block.parent}.{name}" for name in module.unseen]
         notes = [note for part in module.parts for note in part.notes]
         seconds = time.monotonic() - started
-        return BlockRecord(block.index, block.name, before, after, *squares, seconds, unseen, notes)
+        return BlockRecord(block.index, block.name, before, after, *squares, seconds, unseen, notes, reason)
+
+    def _fit_and_fold(
+        self, module: BlockModule, activations: Activations, x_q: Tensor, x_fp: Tensor, before: float
+    ) -> str:
+        """Fit and fold a block; returns why the result is worse than rounding to nearest, or nothing if it is not."""
+        try:
+            try:
+                self._fit(module, activations)
+            except torch.linalg.LinAlgError:
+                module.go_back_()  # to what was good before
+            with self._on_device(module.block):  # Lightning has put it back on the CPU
+                module.fold()
+                if not module.parts:
+                    return ""  # it is rounding to nearest
+                error = self._error(module.block, x_q, x_fp)
+        except torch.linalg.LinAlgError as singular:
+            return f"{module.title} met a matrix that it cannot solve ({str(singular).split('. ')[0]})"
+        if error <= before * (1 + SAME):
+            return ""
+        return f"{module.title} had an error of {error:.3e}, where rounding to nearest has {before:.3e}"
 
     def _fit(self, module: BlockModule, activations: Activations) -> None:
         """Train a block's parameters, or, where there are none, only let it take its statistics."""

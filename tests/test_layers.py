@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "plquant"
 BELOW = {
     "files": [],
     "evaluating": [],
+    "finite": ["evaluating"],
     "quant": [],
     "transforms": ["quant"],
     "formats": ["files", "quant"],
@@ -33,7 +34,7 @@ BELOW = {
     ],
     "trainer": [
         *["", "quant", "nn", "blocks", "block_module", "data", "files", "formats", "model", "callbacks"],
-        *["manifest", "perplexity", "report", "run_folder"],
+        *["finite", "manifest", "perplexity", "report", "run_folder"],
     ],
 }
 PURE = {"quant", "transforms"}  # never lightning or transformers
