@@ -16,6 +16,7 @@ from plquant.formats.checkpoint import INDEX, REST, block_shard, index_of, save_
 from plquant.manifest import MANIFEST, tensor_checksums, write_manifest
 
 RECIPE = "recipe.json"
+RUNNING = "model-block-running.ckpt"  # of the block being fitted
 DATA_SHA256 = "tokens_sha256"
 
 
@@ -52,7 +53,7 @@ class RunFolder:
         there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
         if there and RECIPE not in there:
             raise ValueError(f"{flag} holds other files ({', '.join(there[:5])}); give a new or empty folder")
-        if block_shard(0) in there:
+        if {block_shard(0), RUNNING} & {*there}:
             self._require_same_recipe(flag)
         if INDEX in there:
             raise ValueError(
@@ -78,7 +79,7 @@ class RunFolder:
             ValueError: The blocks finished there were calibrated on other tokens.
         """
         self.recipe.setdefault("data", {})[DATA_SHA256] = data_sha256
-        if (self.path / block_shard(0)).exists():
+        if any((self.path / name).exists() for name in (block_shard(0), RUNNING)):
             self._require_same_recipe(f"--output_dir={self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(f"*{PARTIAL}"):
@@ -88,12 +89,18 @@ class RunFolder:
             with replacing(self.path / "config.yaml") as partial:
                 partial.write_text(config)
 
+    @property
+    def recipe_sha256(self) -> str:
+        """Of the recipe, the calibration tokens among it."""
+        return hashlib.sha256(json_text(self.recipe).encode()).hexdigest()
+
     def write_block(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keep a finished block: its tensors by full name, and its numbers."""
         path = self.path / block_shard(index)
         with replacing(path) as partial:  # the shard gets its name last, which says that the block is finished
             save_tensors(partial, tensors)
             write_json(_record(path), {**record, "sha256": sha256(partial), "tensors": tensor_checksums(tensors)})
+        (self.path / RUNNING).unlink(missing_ok=True)
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> int:
         """Keep all tensors outside the blocks; returns the bytes of all files of tensors."""

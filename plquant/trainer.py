@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor, nn
 
 import plquant
+from plquant.block_checkpoint import KeepSteps, SealedCheckpoints
 from plquant.block_module import BlockModule, RunProgress, squared_error, token_error
 from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import capture_inputs
@@ -41,7 +42,7 @@ from plquant.nn.packed_structure import PackedStructure
 from plquant.perplexity import PerplexityResult
 from plquant.quant.grid import IntGrid
 from plquant.report import BlockRecord, Report, versions
-from plquant.run_folder import RunFolder
+from plquant.run_folder import RUNNING, RunFolder
 
 # Lightning's advice for training, which does not apply: a block is in evaluation mode and has no validation of its own.
 HINTS = (
@@ -63,6 +64,8 @@ class BlockwiseTrainer(L.Trainer):
         precision: ``bf16-mixed`` computes matmuls in bfloat16, what is learned stays in float32.
         devices: One process calibrates at present.
         logger: Shared by all blocks.
+        checkpoint_every: Steps between two checkpoints of the block being fitted, from which an interrupted run goes
+            on; null takes none.
     """
 
     def __init__(
@@ -72,8 +75,12 @@ class BlockwiseTrainer(L.Trainer):
         precision: Any = "bf16-mixed",
         devices: Any = 1,
         logger: Any = False,
+        checkpoint_every: int | None = 100,
         **kwargs: Any,
     ) -> None:
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise ValueError(f"--trainer.checkpoint_every={checkpoint_every} is no number of steps; null takes none")
+        self.checkpoint_every = checkpoint_every
         kwargs.update(max_epochs=max_epochs, precision=precision, devices=devices, logger=logger)
         kwargs.update(enable_checkpointing=False, enable_model_summary=False)
         callbacks = kwargs.get("callbacks") or []
@@ -135,7 +142,7 @@ class BlockwiseTrainer(L.Trainer):
 
         x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids)
         x_q = x_fp.clone()
-        progress = RunProgress(done, len(blocks), seed=_seed())
+        progress = RunProgress(done, len(blocks), _seed(), folder.path / RUNNING, folder.recipe_sha256)
         for block in blocks:
             if block.index < done:
                 record = self._reload_block(block, folder, x_q, x_fp)
@@ -221,14 +228,31 @@ class BlockwiseTrainer(L.Trainer):
     def _fit(self, module: BlockModule, activations: Activations) -> None:
         """Train a block's parameters, or, where there are none, only let it take its statistics."""
         arguments = {k: v if k == "logger" else copy.deepcopy(v) for k, v in self._block_arguments.items()}
+        kept = self._keep_steps(module, arguments)
         with _quiet(), _interruptible():
             trainer = L.Trainer(**arguments | {"logger": self.loggers or False, "use_distributed_sampler": False})
             module.activations = activations
             if module.learnables():
-                trainer.fit(module, activations.shuffled())
+                trainer.fit(module, activations.shuffled(), ckpt_path=kept)
             else:  # with no epoch to train, fit is refused under DDP
                 trainer.limit_val_batches = 0
                 trainer.validate(module, activations.in_order(), verbose=False)
+
+    def _keep_steps(self, module: BlockModule, arguments: dict[str, Any]) -> Path | None:
+        """Let a Trainer of these arguments keep its steps; the checkpoint to go on from, if there is one."""
+        run = module.progress
+        if run is None or run.checkpoint is None or self.checkpoint_every is None or arguments.get("fast_dev_run"):
+            return None
+        sealed = SealedCheckpoints(run.checkpoint, {"run": run.recipe_sha256, "block": module.block.index})
+        plugins = arguments.get("plugins") or []
+        arguments["plugins"] = [*(plugins if isinstance(plugins, list | tuple) else [plugins]), sealed]
+        arguments["callbacks"] = [*arguments["callbacks"], KeepSteps(run.checkpoint, self.checkpoint_every)]
+        if not run.checkpoint.exists():
+            return None
+        wrong = sealed.wrong()
+        found = f"is not used, {wrong}; the fit begins anew" if wrong else "is there, the fit goes on from it"
+        print(f"block {module.block.index + 1}: {run.checkpoint.name} {found}", flush=True)
+        return None if wrong else run.checkpoint
 
     def _reload_block(self, block: QuantBlock, folder: RunFolder, x_q: Tensor, x_fp: Tensor) -> BlockRecord:
         """Take a finished block from its file; both streams become its outputs."""

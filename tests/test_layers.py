@@ -20,6 +20,7 @@ BELOW = {
     "parts": ["quant", "transforms", "nn", "blocks"],
     "block_module": ["quant", "nn", "blocks", "parts"],
     "methods": ["blocks", "parts", "block_module"],
+    "block_checkpoint": ["files"],
     "data": ["evaluating"],
     "callbacks": ["block_module"],
     "perplexity": [],
@@ -33,8 +34,20 @@ BELOW = {
         *["perplexity", "sources", "run_folder", "packed_model"],
     ],
     "trainer": [
-        *["", "quant", "nn", "blocks", "block_module", "data", "files", "formats", "model", "callbacks"],
-        *["finite", "manifest", "perplexity", "report", "run_folder"],
+        *[
+            "",
+            "quant",
+            "nn",
+            "blocks",
+            "block_module",
+            "block_checkpoint",
+            "data",
+            "files",
+            "formats",
+            "model",
+            "callbacks",
+        ],
+        *["callbacks", "finite", "manifest", "perplexity", "report", "run_folder"],
     ],
 }
 PURE = {"quant", "transforms"}  # never lightning or transformers
