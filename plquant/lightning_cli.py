@@ -77,7 +77,7 @@ def run(args: list[str]) -> None:
             parser_kwargs={"prog": "plquant"},
             args=None if args == sys.argv[1:] else args,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         if os.environ.get("PLQUANT_DEBUG"):
             raise
         sys.exit(f"plquant: error: {error}")

@@ -17,7 +17,7 @@ from plquant.blocks.quant_block import QuantBlock
 from plquant.perplexity import TokenNLL
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.run_folder import RunFolder
-from plquant.sources import Source
+from plquant.sources import MALFORMED, Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,10 +101,15 @@ class QuantizedLM(L.LightningModule):
         """Full name of every linear in a block -> [O, I], and the number of all parameters; loads no weights."""
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.load_dtype, trust_remote_code=self.source.trust_remote_code
-            )
+        try:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(
+                    self.config, dtype=self.load_dtype, trust_remote_code=self.source.trust_remote_code
+                )
+        except (*MALFORMED, RuntimeError) as error:
+            raise ValueError(
+                f"--model.checkpoint={self.checkpoint}: its config.json describes no model: {error!r}"
+            ) from error
         unfuse_experts_(skeleton)
         name, blocks = find_blocks(skeleton)
         kept = routers(blocks)
