@@ -10,6 +10,7 @@ import plquant
 COMMANDS = {
     "calibrate": "Quantize a model block by block and write it to a folder.",
     "validate": "Measure perplexity, of the original model or of a quantized one.",
+    "plan": "Say what a run will take and give: memory, size, effective bits; loads no weights.",
     "verify": "Check the output folder of a finished run: exit status 0 if all is well, 1 if not.",
 }
 

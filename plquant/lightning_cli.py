@@ -43,7 +43,7 @@ class PlquantCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, and those of their arguments that are made from sections of the configuration."""
-        return {"calibrate": {"model", "datamodule"}, "validate": {"model", "datamodule"}}
+        return {name: {"model", "datamodule"} for name in ("calibrate", "validate", "plan")}
 
     arguments: Sequence[str] = ()  # what is being parsed
 

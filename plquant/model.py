@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -119,6 +119,11 @@ class QuantizedLM(L.LightningModule):
             if isinstance(module, nn.Linear) and path not in kept
         }
         return shapes, sum(parameter.numel() for parameter in skeleton.parameters())
+
+    def num_fits(self, shapes: Iterable[str]) -> int:
+        """Number of runs of blocks that are fitted together, from the names of the linears in them."""
+        numbers = {next(part for part in name.split(".") if part.isdigit()) for name in shapes}
+        return -(-len(numbers) // self.blocks_per_fit)
 
     def save_rest(self, folder: RunFolder, blocks: Sequence[QuantBlock]) -> tuple[int, dict[str, Any]]:
         """Write all but the blocks: other tensors, config, tokenizer.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import plquant
 from plquant.block_checkpoint import KeepSteps, SealedCheckpoints
 from plquant.block_module import BlockModule, RunProgress, squared_error, token_error
-from plquant.blocks.activations import Activations, at_once
+from plquant.blocks.activations import TOKENS_AT_ONCE, Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
@@ -40,8 +40,9 @@ from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
 from plquant.nn.packed_structure import PackedStructure
 from plquant.perplexity import PerplexityResult
+from plquant.plan import Plan
 from plquant.quant.grid import IntGrid
-from plquant.report import BlockRecord, Report, versions
+from plquant.report import BlockRecord, Report, peak_bytes, versions
 from plquant.run_folder import RUNNING, RunFolder
 
 # Lightning's advice for training, which does not apply: a block is in evaluation mode and has no validation of its own.
@@ -167,6 +168,25 @@ class BlockwiseTrainer(L.Trainer):
         folder.finish(len(blocks), {"recipe": folder.recipe, "versions": versions(), **made})
         report.print()
         return report
+
+    def plan(self, model: QuantizedLM, datamodule: TextData) -> Plan:
+        """Say what a run of these options will take and give; loads no weights, writes nothing.
+
+        Args:
+            model: The model to quantize.
+            datamodule: The calibration text.
+        """
+        shapes, parameters = model.linear_shapes()
+        grid = model.weights.resolve(shapes)
+        tokens = (datamodule.num_samples or 1) * (datamodule.seq_len or 1)
+        step = datamodule.batch_size * (datamodule.seq_len or 1)
+        blocks = model.num_fits(shapes)
+        method = self._probe(model, grid)
+        title = Report(model.checkpoint, method.title, grid, model.activations).title
+        settled = (shapes, parameters, grid, model.activations, model.load_dtype, method)
+        plan = Plan.of(*settled, tokens, max(step, TOKENS_AT_ONCE), blocks, peak_bytes())
+        print("\n".join([f"{title} of {model.checkpoint}", *plan.lines()]))
+        return plan
 
     def _calibrate_block(
         self, block: QuantBlock, model: QuantizedLM, batch_size: int, x_q: Tensor, x_fp: Tensor, progress: RunProgress

@@ -23,6 +23,7 @@ BELOW = {
     "block_checkpoint": ["files"],
     "data": ["evaluating"],
     "callbacks": ["block_module"],
+    "plan": ["quant", "formats", "parts", "block_module"],
     "perplexity": [],
     "weight_files": [],
     "sources": ["weight_files"],
@@ -48,7 +49,7 @@ BELOW = {
             "model",
             "callbacks",
         ],
-        *["callbacks", "finite", "manifest", "perplexity", "report", "run_folder"],
+        *["callbacks", "finite", "manifest", "perplexity", "plan", "report", "run_folder"],
     ],
 }
 PURE = {"quant", "transforms"}  # never lightning or transformers
