@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import lightning as L
@@ -63,12 +64,16 @@ class RunProgress:
         first: First block of this run, after those found finished.
         total: Number of blocks.
         seed: The run's seed.
+        checkpoint: File for the block being fitted, or ``None`` for none.
+        recipe_sha256: Of all that decides the result.
         started: When the first block began, seconds of the monotonic clock.
     """
 
     first: int
     total: int
     seed: int = 0
+    checkpoint: Path | None = None
+    recipe_sha256: str = ""
     started: float = field(default_factory=time.monotonic)
 
     def seconds_left(self, block: int, share: float) -> float | None:
@@ -103,9 +108,11 @@ class BlockModule(L.LightningModule):
         self.progress: RunProgress | None = None
         self.unseen: list[str] = []  # linears of experts that no token was sent to
         self._started = False
+        self.strict_loading = False  # a checkpoint has what is learned, not the block
         self._epoch_loss = MeanMetric(nan_strategy="disable")  # a NaN is no good epoch
         self._best_loss = float("inf")
         self._best_state: list[Tensor] = []
+        self._resumed: dict[str, Any] | None = None
 
     @property
     def title(self) -> str:
@@ -173,6 +180,9 @@ class BlockModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Where it starts from, should no epoch be better (a NaN is not)."""
+        if self._resumed is not None:
+            self._go_on(self._resumed)
+            return
         self._best_loss = self.error() / self.error_before
         self._best_state = [parameter.detach().clone() for parameter in self._trained()]
 
@@ -186,10 +196,44 @@ class BlockModule(L.LightningModule):
             self._best_loss = loss
             self._best_state = [parameter.detach().clone() for parameter in self._trained()]
 
-    @torch.no_grad()
     def on_train_end(self) -> None:
         """Go back to the best epoch."""
-        for parameter, best in zip(self._trained(), self._best_state, strict=True):
+        self.go_back_()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what a step changes; the block itself, and how it starts, come about again."""
+        for key in ("hparams_name", "hyper_parameters"):
+            checkpoint.pop(key, None)
+        checkpoint["state_dict"] = {}
+        checkpoint["block"] = {
+            "trained": [parameter.detach() for parameter in self._trained()],
+            "best": (self._best_loss, self._best_state),
+            "loss": (self._epoch_loss.mean_value, self._epoch_loss.weight),
+            "order": (self.activations.order.state(), self.trainer.fit_loop.batch_idx + 1),
+            "rng": torch.get_rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the order of the samples; the rest when the optimizer has its state."""
+        self._resumed = checkpoint["block"]
+        self.activations.order.go_on(*checkpoint["block"]["order"])
+
+    @torch.no_grad()
+    def _go_on(self, kept: dict[str, Any]) -> None:
+        epoch, epochs = self.trainer.current_epoch, self.trainer.max_epochs or 1
+        for part in self.parts:
+            part.resume(epoch, max(epochs, epoch + 1), self.trainer.optimizers[0])
+        for parameter, value in zip(self._trained(), kept["trained"], strict=True):
+            parameter.copy_(value)
+        self._best_loss, self._best_state = kept["best"][0], [x.to(self.device) for x in kept["best"][1]]
+        self._epoch_loss.mean_value, self._epoch_loss.weight = (x.to(self.device) for x in kept["loss"])
+        self._epoch_loss._update_count = kept["order"][1]
+        torch.set_rng_state(kept["rng"])
+
+    @torch.no_grad()
+    def go_back_(self) -> None:
+        """Be again what had the least error: the best epoch, or the start; before the first step nothing changes."""
+        for parameter, best in zip(self._trained(), self._best_state, strict=bool(self._best_state)):
             parameter.copy_(best)
 
     @torch.no_grad()

@@ -10,6 +10,8 @@ import plquant
 COMMANDS = {
     "calibrate": "Quantize a model block by block and write it to a folder.",
     "validate": "Measure perplexity, of the original model or of a quantized one.",
+    "plan": "Say what a run will take and give: memory, size, effective bits; loads no weights.",
+    "verify": "Check the output folder of a finished run: exit status 0 if all is well, 1 if not.",
 }
 
 HELP = """usage: plquant [-h] [--version] COMMAND ...
@@ -40,6 +42,10 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if args[0] not in COMMANDS:
         sys.exit(f"plquant: {args[0]!r} is not a command; there are {', '.join(COMMANDS)}. See plquant --help.")
+    if args[0] == "verify":
+        from plquant.verify import main as verify
+
+        sys.exit(verify(args[1:]))
     from plquant.lightning_cli import run
 
     run(args)

@@ -43,7 +43,7 @@ class PlquantCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, and those of their arguments that are made from sections of the configuration."""
-        return {"calibrate": {"model", "datamodule"}, "validate": {"model", "datamodule"}}
+        return {name: {"model", "datamodule"} for name in ("calibrate", "validate", "plan")}
 
     arguments: Sequence[str] = ()  # what is being parsed
 
@@ -77,7 +77,7 @@ def run(args: list[str]) -> None:
             parser_kwargs={"prog": "plquant"},
             args=None if args == sys.argv[1:] else args,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         if os.environ.get("PLQUANT_DEBUG"):
             raise
         sys.exit(f"plquant: error: {error}")

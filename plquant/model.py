@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -17,7 +17,7 @@ from plquant.blocks.quant_block import QuantBlock
 from plquant.perplexity import TokenNLL
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.run_folder import RunFolder
-from plquant.sources import Source
+from plquant.sources import MALFORMED, Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,10 +101,15 @@ class QuantizedLM(L.LightningModule):
         """Full name of every linear in a block -> [O, I], and the number of all parameters; loads no weights."""
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.load_dtype, trust_remote_code=self.source.trust_remote_code
-            )
+        try:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(
+                    self.config, dtype=self.load_dtype, trust_remote_code=self.source.trust_remote_code
+                )
+        except (*MALFORMED, RuntimeError) as error:
+            raise ValueError(
+                f"--model.checkpoint={self.checkpoint}: its config.json describes no model: {error!r}"
+            ) from error
         unfuse_experts_(skeleton)
         name, blocks = find_blocks(skeleton)
         kept = routers(blocks)
@@ -114,6 +119,11 @@ class QuantizedLM(L.LightningModule):
             if isinstance(module, nn.Linear) and path not in kept
         }
         return shapes, sum(parameter.numel() for parameter in skeleton.parameters())
+
+    def num_fits(self, shapes: Iterable[str]) -> int:
+        """Number of runs of blocks that are fitted together, from the names of the linears in them."""
+        numbers = {next(part for part in name.split(".") if part.isdigit()) for name in shapes}
+        return -(-len(numbers) // self.blocks_per_fit)
 
     def save_rest(self, folder: RunFolder, blocks: Sequence[QuantBlock]) -> tuple[int, dict[str, Any]]:
         """Write all but the blocks: other tensors, config, tokenizer.

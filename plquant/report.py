@@ -48,6 +48,7 @@ class BlockRecord:
         seconds: Wall time.
         unseen: Linears of experts that no calibration token was sent to: rounded to nearest.
         notes: What the parts of the method have to say.
+        rolled_back: Why the block is rounded to nearest and not what the method made of it; empty if it is that.
     """
 
     block: int
@@ -59,13 +60,14 @@ class BlockRecord:
     seconds: float
     unseen: Sequence[str] = ()
     notes: Sequence[str] = ()
+    rolled_back: str = ""
 
     def line(self, num_blocks: int) -> str:
         """For the terminal."""
         return (
             f"block {self.block + 1:>3}/{num_blocks}  error {self.error_before:.3e} -> {self.error_after:.3e} "
             f"({self.error_after / max(self.error_before, 1e-30):.2f}x)  {self.seconds:.1f} s"
-            f"{'' if self.error_after <= self.error_before else '  WORSE THAN ROUNDING TO NEAREST'}"
+            f"{'  rounded to nearest: ' + self.rolled_back if self.rolled_back else ''}"
         )
 
 
@@ -163,6 +165,7 @@ class Report:
                 lines.append(f"run-time operations: {self.cost.operations}, {share:.2%} of the multiply-adds")
         if unseen := [name for block in self.blocks for name in block.unseen]:
             lines.append(f"rounded to nearest, since no calibration token was sent to them: {', '.join(unseen)}")
+        lines += [f"{b.name} is rounded to nearest: {b.rolled_back}" for b in self.blocks if b.rolled_back]
         lines += dict.fromkeys(note for block in self.blocks for note in block.notes)
         if not self.opens_in_stock:
             lines.append("to be opened with plquant.load; other loaders refuse it")

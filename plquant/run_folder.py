@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -10,10 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from plquant.files import PARTIAL, replacing, write_json
-from plquant.formats.checkpoint import INDEX, REST, block_shard, write_index, write_shard
+from plquant.files import PARTIAL, json_text, replacing, sha256, write_json
+from plquant.formats.checkpoint import INDEX, REST, block_shard, index_of, save_tensors
+from plquant.manifest import MANIFEST, tensor_checksums, write_manifest
 
 RECIPE = "recipe.json"
+RUNNING = "model-block-running.ckpt"  # of the block being fitted
+DATA_SHA256 = "tokens_sha256"
 
 
 class RunFolder:
@@ -28,6 +32,7 @@ class RunFolder:
         self.path = Path(path)
         # Objects (callbacks, plugins) by their class: an address would differ from run to run.
         self.recipe = json.loads(json.dumps(recipe, default=lambda value: type(value).__qualname__))
+        self._rest: dict[str, Any] = {}  # checksums of what is outside the blocks
 
     def check(self, needed_bytes: int) -> int:
         """Whether the run may start here, or go on with an interrupted run of the same recipe; changes nothing.
@@ -48,21 +53,34 @@ class RunFolder:
         there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
         if there and RECIPE not in there:
             raise ValueError(f"{flag} holds other files ({', '.join(there[:5])}); give a new or empty folder")
-        done = 0
-        while block_shard(done) in there:
-            done += 1
-        if done:
+        if {block_shard(0), RUNNING} & {*there}:
             self._require_same_recipe(flag)
         if INDEX in there:
             raise ValueError(
                 f"{flag} holds the finished run of this very recipe; give a new folder, or remove this one"
             )
+        done = 0
+        while block_shard(done) in there and not (damage := self._damaged(done)):
+            done += 1
+        if block_shard(done) in there:
+            print(f"note: {flag}: {damage}; block {done + 1} and those after it are calibrated again")
         there_already = sum((self.path / block_shard(index)).stat().st_size for index in range(done))
         self._require_room(flag, needed_bytes - there_already)
         return done
 
-    def create(self, config: str | None = None) -> None:
-        """Make the folder, note the recipe and the YAML that repeats the run, clear what was left half written."""
+    def create(self, config: str | None = None, data_sha256: str | None = None) -> None:
+        """Make the folder, note the recipe and the YAML that repeats the run, clear what was left half written.
+
+        Args:
+            config: The YAML.
+            data_sha256: Of the calibration tokens, from here on part of the recipe.
+
+        Raises:
+            ValueError: The blocks finished there were calibrated on other tokens.
+        """
+        self.recipe.setdefault("data", {})[DATA_SHA256] = data_sha256
+        if any((self.path / name).exists() for name in (block_shard(0), RUNNING)):
+            self._require_same_recipe(f"--output_dir={self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(f"*{PARTIAL}"):
             leftover.unlink()
@@ -71,32 +89,67 @@ class RunFolder:
             with replacing(self.path / "config.yaml") as partial:
                 partial.write_text(config)
 
+    @property
+    def recipe_sha256(self) -> str:
+        """Of the recipe, the calibration tokens among it."""
+        return hashlib.sha256(json_text(self.recipe).encode()).hexdigest()
+
     def write_block(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keep a finished block: its tensors by full name, and its numbers."""
-        write_json(self.path / f"{block_shard(index)}.json", record)
-        write_shard(self.path / block_shard(index), tensors)  # last: its presence says that the block is finished
+        path = self.path / block_shard(index)
+        with replacing(path) as partial:  # the shard gets its name last, which says that the block is finished
+            save_tensors(partial, tensors)
+            write_json(_record(path), {**record, "sha256": sha256(partial), "tensors": tensor_checksums(tensors)})
+        (self.path / RUNNING).unlink(missing_ok=True)
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> int:
         """Keep all tensors outside the blocks; returns the bytes of all files of tensors."""
-        write_shard(self.path / REST, tensors)
+        with replacing(self.path / REST) as partial:
+            save_tensors(partial, tensors)
+            self._rest = {"sha256": sha256(partial), "tensors": tensor_checksums(tensors)}
         return sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
 
     def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What ``write_block`` kept."""
         from safetensors.torch import load_file
 
-        record = json.loads((self.path / f"{block_shard(index)}.json").read_text())
-        return load_file(self.path / block_shard(index)), record
+        path = self.path / block_shard(index)
+        return load_file(path), json.loads(_record(path).read_text())
 
-    def finish(self, num_blocks: int) -> None:
-        """Write the index, which makes the folder a model: the last thing of a run, all else is in place."""
-        write_index(self.path, [block_shard(index) for index in range(num_blocks)] + [REST])
-        for index in range(num_blocks):
-            (self.path / f"{block_shard(index)}.json").unlink(missing_ok=True)
+    def finish(self, num_blocks: int, made: Mapping[str, Any]) -> None:
+        """Write the certificate and the index, which makes the folder a model: the last thing, all else is in place.
+
+        Args:
+            num_blocks: Number of shards of blocks.
+            made: What the run was made with, for the certificate.
+        """
+        records = {block_shard(index): _record(self.path / block_shard(index)) for index in range(num_blocks)}
+        shards = {shard: json.loads(path.read_text()) for shard, path in records.items()} | {REST: self._rest}
+        index = index_of(self.path, list(shards))
+        others = (
+            {*self.path.iterdir()} - {self.path / name for name in (*shards, INDEX, MANIFEST)} - {*records.values()}
+        )
+        files = {shard: found["sha256"] for shard, found in shards.items()}
+        files |= {path.name: sha256(path) for path in others}
+        files[INDEX] = hashlib.sha256(json_text(index).encode()).hexdigest()
+        write_manifest(self.path, made, files, {shard: found["tensors"] for shard, found in shards.items()})
+        write_json(self.path / INDEX, index)
+        for record in records.values():
+            record.unlink(missing_ok=True)
+
+    def _damaged(self, index: int) -> str:
+        """What is wrong with a block's files, or nothing."""
+        path = self.path / block_shard(index)
+        try:
+            written = json.loads(_record(path).read_text())["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{_record(path).name} is missing or damaged"
+        return "" if written == sha256(path) else f"{path.name} is not what was written, its sha256 differs"
 
     def _require_same_recipe(self, flag: str) -> None:
         theirs, ours = _flat(json.loads((self.path / RECIPE).read_text())), _flat(self.recipe)
-        differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+        unknown_yet = set() if f"data.{DATA_SHA256}" in ours else {f"data.{DATA_SHA256}"}
+        differing = [key for key in sorted({*theirs, *ours} - unknown_yet) if theirs.get(key) != ours.get(key)]
         if differing:
             rows = "\n".join(f"  {key}: {theirs.get(key)} there, {ours.get(key)} asked for" for key in differing)
             raise ValueError(
@@ -108,6 +161,11 @@ class RunFolder:
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise OSError(f"{flag} needs {needed / 2**30:.2f} GiB, but {parent} has {free / 2**30:.2f} GiB free")
+
+
+def _record(shard: Path) -> Path:
+    """Beside a block's shard until the run is finished: its numbers and checksums."""
+    return shard.with_name(f"{shard.name}.json")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

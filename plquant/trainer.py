@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,27 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor, nn
 
 import plquant
+from plquant.block_checkpoint import KeepSteps, SealedCheckpoints
 from plquant.block_module import BlockModule, RunProgress, squared_error, token_error
-from plquant.blocks.activations import Activations, at_once
+from plquant.blocks.activations import TOKENS_AT_ONCE, Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
 from plquant.callbacks import BlockProgress
-from plquant.data.base import TextData
+from plquant.data.base import TextData, ids_sha256
 from plquant.files import write_json
+from plquant.finite import require_finite, require_finite_stream
 from plquant.formats.checkpoint import predicted_bytes
 from plquant.formats.quantization_config import FORMAT
+from plquant.manifest import machine
 from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
 from plquant.nn.packed_structure import PackedStructure
 from plquant.perplexity import PerplexityResult
+from plquant.plan import Plan
 from plquant.quant.grid import IntGrid
-from plquant.report import BlockRecord, Report
-from plquant.run_folder import RunFolder
+from plquant.report import BlockRecord, Report, peak_bytes, versions
+from plquant.run_folder import RUNNING, RunFolder
 
 # Lightning's advice for training, which does not apply: a block is in evaluation mode and has no validation of its own.
 HINTS = (
@@ -48,6 +53,7 @@ HINTS = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*was called before the ``update`` method.*",  # of an expert that no token was sent to
 )
+SAME = 1e-5  # relative difference of two errors summed in another order
 PRECISIONS = ("bf16-mixed", "32-true")
 
 
@@ -59,6 +65,8 @@ class BlockwiseTrainer(L.Trainer):
         precision: ``bf16-mixed`` computes matmuls in bfloat16, what is learned stays in float32.
         devices: One process calibrates at present.
         logger: Shared by all blocks.
+        checkpoint_every: Steps between two checkpoints of the block being fitted, from which an interrupted run goes
+            on; null takes none.
     """
 
     def __init__(
@@ -68,8 +76,12 @@ class BlockwiseTrainer(L.Trainer):
         precision: Any = "bf16-mixed",
         devices: Any = 1,
         logger: Any = False,
+        checkpoint_every: int | None = 100,
         **kwargs: Any,
     ) -> None:
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise ValueError(f"--trainer.checkpoint_every={checkpoint_every} is no number of steps; null takes none")
+        self.checkpoint_every = checkpoint_every
         kwargs.update(max_epochs=max_epochs, precision=precision, devices=devices, logger=logger)
         kwargs.update(enable_checkpointing=False, enable_model_summary=False)
         callbacks = kwargs.get("callbacks") or []
@@ -107,7 +119,7 @@ class BlockwiseTrainer(L.Trainer):
             output_dir: Folder of the quantized model, new or empty or that of an interrupted run.
             evaluate: Measure perplexity in full precision, rounded to nearest, and calibrated.
         """
-        started = time.monotonic()
+        began, started = datetime.now(UTC), time.monotonic()
         one_step = bool(self._block_arguments.get("fast_dev_run"))  # per block
         evaluate = evaluate and not one_step
         grid, folder, done = self._check(model, datamodule, output_dir)
@@ -119,7 +131,8 @@ class BlockwiseTrainer(L.Trainer):
         ids = datamodule.calibration_ids(model)
         if one_step:
             ids = ids[: datamodule.batch_size]
-        folder.create(self.run_config)
+        require_finite(model.lm, ids[:1])
+        folder.create(self.run_config, ids_sha256(ids))
         probe = self._probe(model, grid)
         report = Report(model.checkpoint, probe.title, grid, model.activations)
         report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
@@ -133,7 +146,7 @@ class BlockwiseTrainer(L.Trainer):
 
         x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids)
         x_q = x_fp.clone()
-        progress = RunProgress(done, len(blocks), seed=_seed())
+        progress = RunProgress(done, len(blocks), _seed(), folder.path / RUNNING, folder.recipe_sha256)
         for block in blocks:
             if block.index < done:
                 record = self._reload_block(block, folder, x_q, x_fp)
@@ -154,9 +167,29 @@ class BlockwiseTrainer(L.Trainer):
             report.perplexities[report.title] = self._perplexity(model, datamodule)
         report.seconds = time.monotonic() - started
         report.write(folder.path)
-        folder.finish(len(blocks))
+        made = {"started": began.isoformat(timespec="seconds"), "seconds": report.seconds, "machine": machine()}
+        folder.finish(len(blocks), {"recipe": folder.recipe, "versions": versions(), **made})
         report.print()
         return report
+
+    def plan(self, model: QuantizedLM, datamodule: TextData) -> Plan:
+        """Say what a run of these options will take and give; loads no weights, writes nothing.
+
+        Args:
+            model: The model to quantize.
+            datamodule: The calibration text.
+        """
+        shapes, parameters = model.linear_shapes()
+        grid = model.weights.resolve(shapes)
+        tokens = (datamodule.num_samples or 1) * (datamodule.seq_len or 1)
+        step = datamodule.batch_size * (datamodule.seq_len or 1)
+        blocks = model.num_fits(shapes)
+        method = self._probe(model, grid)
+        title = Report(model.checkpoint, method.title, grid, model.activations).title
+        settled = (shapes, parameters, grid, model.activations, model.load_dtype, method)
+        plan = Plan.of(*settled, tokens, max(step, TOKENS_AT_ONCE), blocks, peak_bytes())
+        print("\n".join([f"{title} of {model.checkpoint}", *plan.lines()]))
+        return plan
 
     def _calibrate_block(
         self, block: QuantBlock, model: QuantizedLM, batch_size: int, x_q: Tensor, x_fp: Tensor, progress: RunProgress
@@ -169,7 +202,9 @@ class BlockwiseTrainer(L.Trainer):
         with self._on_device(block):
             with block.full_precision():
                 block.map_(x_fp, at_once(x_fp))
+            require_finite_stream(x_fp, block.name)
             before = self._error(block, x_q, x_fp)
+        kept = block.kept_layers()
         module = model.method(block)
         module.to(self.strategy.root_device)  # what its parts have made
         module.error_before, module.progress = max(before, 1e-12), progress
@@ -178,9 +213,12 @@ class BlockwiseTrainer(L.Trainer):
             tensors.append(x_q.clone())
             with self._on_device(block), block.full_precision():
                 block.map_(tensors[-1], at_once(x_q))
-        self._fit(module, Activations(tuple(tensors), batch_size, seed))
-        with self._on_device(block):  # Lightning has put it back on the CPU
-            module.fold()
+        reason = self._fit_and_fold(module, Activations(tuple(tensors), batch_size, seed), x_q, x_fp, before)
+        if reason:
+            block.restore_(kept)
+        with self._on_device(block):
+            if reason:
+                block.pack_()
             block.map_(x_q, at_once(x_q))
         block.put_away()
         after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
@@ -188,19 +226,56 @@ class BlockwiseTrainer(L.Trainer):
         unseen = [f"{block.parent}.{name}" for name in module.unseen]
         notes = [note for part in module.parts for note in part.notes]
         seconds = time.monotonic() - started
-        return BlockRecord(block.index, block.name, before, after, *squares, seconds, unseen, notes)
+        return BlockRecord(block.index, block.name, before, after, *squares, seconds, unseen, notes, reason)
+
+    def _fit_and_fold(
+        self, module: BlockModule, activations: Activations, x_q: Tensor, x_fp: Tensor, before: float
+    ) -> str:
+        """Fit and fold a block; returns why the result is worse than rounding to nearest, or nothing if it is not."""
+        try:
+            try:
+                self._fit(module, activations)
+            except torch.linalg.LinAlgError:
+                module.go_back_()  # to what was good before
+            with self._on_device(module.block):  # Lightning has put it back on the CPU
+                module.fold()
+                if not module.parts:
+                    return ""  # it is rounding to nearest
+                error = self._error(module.block, x_q, x_fp)
+        except torch.linalg.LinAlgError as singular:
+            return f"{module.title} met a matrix that it cannot solve ({str(singular).split('. ')[0]})"
+        if error <= before * (1 + SAME):
+            return ""
+        return f"{module.title} had an error of {error:.3e}, where rounding to nearest has {before:.3e}"
 
     def _fit(self, module: BlockModule, activations: Activations) -> None:
         """Train a block's parameters, or, where there are none, only let it take its statistics."""
         arguments = {k: v if k == "logger" else copy.deepcopy(v) for k, v in self._block_arguments.items()}
+        kept = self._keep_steps(module, arguments)
         with _quiet(), _interruptible():
             trainer = L.Trainer(**arguments | {"logger": self.loggers or False, "use_distributed_sampler": False})
             module.activations = activations
             if module.learnables():
-                trainer.fit(module, activations.shuffled())
+                trainer.fit(module, activations.shuffled(), ckpt_path=kept)
             else:  # with no epoch to train, fit is refused under DDP
                 trainer.limit_val_batches = 0
                 trainer.validate(module, activations.in_order(), verbose=False)
+
+    def _keep_steps(self, module: BlockModule, arguments: dict[str, Any]) -> Path | None:
+        """Let a Trainer of these arguments keep its steps; the checkpoint to go on from, if there is one."""
+        run = module.progress
+        if run is None or run.checkpoint is None or self.checkpoint_every is None or arguments.get("fast_dev_run"):
+            return None
+        sealed = SealedCheckpoints(run.checkpoint, {"run": run.recipe_sha256, "block": module.block.index})
+        plugins = arguments.get("plugins") or []
+        arguments["plugins"] = [*(plugins if isinstance(plugins, list | tuple) else [plugins]), sealed]
+        arguments["callbacks"] = [*arguments["callbacks"], KeepSteps(run.checkpoint, self.checkpoint_every)]
+        if not run.checkpoint.exists():
+            return None
+        wrong = sealed.wrong()
+        found = f"is not used, {wrong}; the fit begins anew" if wrong else "is there, the fit goes on from it"
+        print(f"block {module.block.index + 1}: {run.checkpoint.name} {found}", flush=True)
+        return None if wrong else run.checkpoint
 
     def _reload_block(self, block: QuantBlock, folder: RunFolder, x_q: Tensor, x_fp: Tensor) -> BlockRecord:
         """Take a finished block from its file; both streams become its outputs."""

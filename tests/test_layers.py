@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "plquant"
 BELOW = {
     "files": [],
     "evaluating": [],
+    "finite": ["evaluating"],
     "quant": [],
     "transforms": ["quant"],
     "formats": ["files", "quant"],
@@ -19,11 +20,15 @@ BELOW = {
     "parts": ["quant", "transforms", "nn", "blocks"],
     "block_module": ["quant", "nn", "blocks", "parts"],
     "methods": ["blocks", "parts", "block_module"],
+    "block_checkpoint": ["files"],
     "data": ["evaluating"],
     "callbacks": ["block_module"],
+    "plan": ["quant", "formats", "parts", "block_module"],
     "perplexity": [],
-    "sources": [],
-    "run_folder": ["files", "formats"],
+    "weight_files": [],
+    "sources": ["weight_files"],
+    "manifest": ["files"],
+    "run_folder": ["files", "formats", "manifest"],
     "packed_model": ["architectures", "quant", "formats", "nn"],
     "report": ["files", "quant", "nn", "perplexity", ""],
     "model": [
@@ -31,8 +36,20 @@ BELOW = {
         *["perplexity", "sources", "run_folder", "packed_model"],
     ],
     "trainer": [
-        *["", "quant", "nn", "blocks", "block_module", "data", "files", "formats", "model", "callbacks"],
-        *["perplexity", "report", "run_folder"],
+        *[
+            "",
+            "quant",
+            "nn",
+            "blocks",
+            "block_module",
+            "block_checkpoint",
+            "data",
+            "files",
+            "formats",
+            "model",
+            "callbacks",
+        ],
+        *["callbacks", "finite", "manifest", "perplexity", "plan", "report", "run_folder"],
     ],
 }
 PURE = {"quant", "transforms"}  # never lightning or transformers

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 TOKENS_AT_ONCE = 2048  # of a forward pass without gradients; quantizing a weight then costs little beside using it
 
@@ -16,27 +17,64 @@ def at_once(x: Tensor) -> int:
     return max(1, TOKENS_AT_ONCE // x.shape[1])
 
 
+class Order(Sampler[list[int]]):
+    """The numbers of the samples in a new random order each time, batch by batch.
+
+    Whole batches are indexed at once: no sample by sample collation.
+
+    Args:
+        samples: How many there are.
+        batch_size: Of them in a batch; the last one may have less.
+        seed: Of the order; the generator is private, so that nothing else changes with it.
+    """
+
+    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        sampler = RandomSampler(range(samples), generator=self._generator)
+        self._batches = BatchSampler(sampler, batch_size, drop_last=False)
+        self._began = self._generator.get_state()
+        self._skipped = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self._began = self._generator.get_state()
+        skipped, self._skipped = self._skipped, 0
+        return itertools.islice(self._batches, skipped, None)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def state(self) -> Tensor:
+        """Of the generator when the pass that is under way began, uint8."""
+        return self._began
+
+    def go_on(self, state: Tensor, batches: int) -> None:
+        """Let the next pass be the one that began with this state, after so many of its batches."""
+        self._generator.set_state(state)
+        self._skipped = batches
+
+
 class Activations:
     """Batches of (input under quantization, full-precision target [, augmented target]).
 
     Args:
         tensors: Each [N, T, H], on the CPU.
         batch_size: Sequences per step.
-        seed: Of the order of the samples; its generator is private, so that nothing else changes with it.
+        seed: Of the order of the samples.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int) -> None:
         self.dataset = TensorDataset(*tensors)
         self.batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self.order = Order(len(self.dataset), batch_size, seed)
 
     def shuffled(self) -> DataLoader:
         """All samples, in a new order each time."""
-        return self._loader(RandomSampler(self.dataset, generator=self._generator))
+        return DataLoader(self.dataset, sampler=self.order, batch_size=None)
 
     def in_order(self) -> DataLoader:
         """All samples, in order."""
-        return self._loader(SequentialSampler(self.dataset))
+        batches = BatchSampler(SequentialSampler(self.dataset), self.batch_size, drop_last=False)
+        return DataLoader(self.dataset, sampler=batches, batch_size=None)
 
     def at_once(self) -> Iterator[tuple[Tensor, ...]]:
         """All samples, in order, in batches for forward passes without gradients."""
@@ -46,8 +84,3 @@ class Activations:
     def inputs(self) -> Iterator[Tensor]:
         """The inputs alone, in such batches."""
         return (x for x, *_ in self.at_once())
-
-    def _loader(self, sampler: RandomSampler | SequentialSampler) -> DataLoader:
-        # Whole batches are indexed at once: no sample by sample collation.
-        batches = BatchSampler(sampler, self.batch_size, drop_last=False)
-        return DataLoader(self.dataset, sampler=batches, batch_size=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -271,6 +272,17 @@ class QuantBlock(nn.Module):
         for name, linear in self.linears.items():
             self.pack_linear_(name, round_weight(linear))
         self.fold_sources_()
+
+    def kept_layers(self) -> nn.ModuleDict:
+        """The layers as they are now, for ``restore_``; what nothing changes is shared, linears' weights above all."""
+        shared: list[Any] = [linear.weight for linear in self.linears.values()]
+        shared += [module.config for module in self.layers.modules() if hasattr(module, "config")]
+        return copy.deepcopy(self.layers, {id(part): part for part in shared})
+
+    def restore_(self, kept: nn.ModuleDict) -> None:
+        """Become what ``kept_layers`` gave; the model's layers are the same objects as before."""
+        for name, layer in self.layers.items():
+            layer.__dict__.update(kept[name].__dict__)
 
     def structure(self) -> PackedStructure:
         """What the packed block consists of besides its tensors."""

@@ -148,12 +148,17 @@ class TextData(L.LightningDataModule, ABC):
         decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return {
             "text": self.text_name("validation"),
-            "text_sha256": hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest(),
+            "text_sha256": ids_sha256(windows),
             "tokens": windows.numel(),
             "window_length": windows.shape[1],
             "windows": len(windows),
             "words": sum(len(decode(window).split()) for window in windows.tolist()),
         }
+
+
+def ids_sha256(ids: Tensor) -> str:
+    """Of token ids as int64 little endian."""
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def require_at_least(minimum: int, **values: int) -> None:

@@ -113,8 +113,8 @@ def jsonl_rows(path: str, column: str) -> list[str]:
 def _json_text(line: str, column: str, place: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not valid JSON ({error.msg}); each line must be one JSON object.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON ({error}); each line must be one JSON object.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place} is a {type(row).__name__}; each line must be one JSON object with the text in it.")
     _require_column(column, list(row), place)
@@ -129,7 +129,7 @@ def parquet_rows(path: str, column: str) -> list[str]:
     try:
         _require_column(column, pq.read_schema(path).names, path)
         values = pq.read_table(path, columns=[column])[column].to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a parquet file ({error}); give plain text another suffix.") from error
     return [_require_text(value, column, f"{path} row {number}") for number, value in enumerate(values)]
 

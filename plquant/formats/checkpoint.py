@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +30,24 @@ def block_shard(index: int) -> str:
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by their full names; the file is whole or not there."""
+    with replacing(path) as partial:
+        save_tensors(partial, tensors)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by their full names, as transformers wants them."""
     from safetensors.torch import save_file
 
-    with replacing(path) as partial:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, {"format": "pt"})
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
 
 
 def write_index(folder: Path, shards: list[str]) -> None:
     """Write the index of these shards."""
+    write_json(folder / INDEX, index_of(folder, shards))
+
+
+def index_of(folder: Path, shards: list[str]) -> dict[str, Any]:
+    """The index of these shards."""
     from safetensors import safe_open
 
     weight_map: dict[str, str] = {}
@@ -44,7 +55,7 @@ def write_index(folder: Path, shards: list[str]) -> None:
         with safe_open(folder / shard, "pt") as file:
             weight_map |= dict.fromkeys(file.keys(), shard)
     total = sum((folder / shard).stat().st_size for shard in shards)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def tensor_names(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from plquant.transforms.affine_matrix import AffineMatrix
 from plquant.transforms.gradual_mask import share_of_run
 from plquant.transforms.hadamard import orthogonal
 from plquant.transforms.kronecker import KroneckerAffine
-from plquant.transforms.late_start import reset_state_
+from plquant.transforms.late_start import correct_again, reset_state_
 from plquant.transforms.query_key import QueryKeySide
 from plquant.transforms.query_key_matrix import QueryKeyMatrix
 from plquant.transforms.rotary_pairs import RotaryPairs
@@ -116,6 +116,12 @@ class Affine(Part):
         for transform in self.transforms:
             for parameter, opened in transform.progress_(share_of_run(epoch, epochs)):
                 reset_state_(optimizer, parameter, opened)
+
+    def resume(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
+        """Open the same bands again; their moments are there."""
+        for transform in self.transforms:
+            transform.progress_(share_of_run(epoch, epochs))
+        correct_again(optimizer)
 
     def figures(self) -> dict[str, float]:
         """The largest condition number of its matrices."""

@@ -98,6 +98,9 @@ class Part:
     def advance(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
         """Called before every epoch, counted from 0, of so many."""
 
+    def resume(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called where a fit goes on inside an epoch, with the optimizer's state in place, and not ``advance``."""
+
 
 class Rounding(Part):
     """The last part: codes of a linear whose other parts are fitted. This one rounds to nearest."""

@@ -43,8 +43,15 @@ def reset_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mask
     state[OPENED_AT].masked_fill_(mask, float(state["step"]))
 
 
+def correct_again(optimizer: torch.optim.Optimizer) -> None:
+    """Go on with an optimizer whose state was loaded from a checkpoint: hooks are not part of it."""
+    for parameter, state in optimizer.state.items():
+        if OPENED_AT in state:
+            optimizer.register_step_post_hook(partial(_correct, parameter))
+
+
 @torch.no_grad()
-def _correct(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _correct(parameter: Tensor, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """After a step: from Adam's update of each entry to that of its own age."""
     if parameter.grad is None:
         return  # and no update either
