@@ -11,6 +11,7 @@ BELOW = {
     "files": [],
     "evaluating": [],
     "quant": [],
+    "kernels": [],
     "transforms": ["quant"],
     "formats": ["files", "quant"],
     "nn": ["quant", "transforms", "formats"],
@@ -35,7 +36,7 @@ BELOW = {
         *["perplexity", "report", "run_folder"],
     ],
 }
-PURE = {"quant", "transforms"}  # never lightning or transformers
+PURE = {"quant", "transforms", "kernels"}  # never lightning or transformers
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
 
 
