@@ -1,0 +1,145 @@
+"""y = x W^T for at most 16 rows of x and a packed weight: the launcher of ``decode_kernel``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from plquant.kernels.decode_kernel import decode_kernel, sum_splits_kernel
+from plquant.kernels.layout import LAYOUT, PLANES, PackedWeight, pack
+
+MAX_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a product is split.
+
+    Attributes:
+        outputs: Of a program, 32 or 64.
+        inputs: Of a warp's tile, 32, 64 or 128.
+        warps: Of a program; they share the inputs.
+        splits: Programs that share the inputs; their sums are added by a second kernel.
+    """
+
+    outputs: int
+    inputs: int
+    warps: int
+    splits: int
+
+
+def configure(packed: PackedWeight, rows: int, processors: int) -> Config:
+    """A configuration for a device with this many multiprocessors.
+
+    Warps own about 8 KB of weights at a time; as many as the inputs give are put on a processor, up to 16.
+    """
+    low, high = PLANES[packed.bits]
+    columns = packed.padded_in_features
+    least = 128 // (high or low)  # inputs of a word
+    group = packed.group_size if packed.axis == "in" and packed.group_size != packed.in_features else columns
+    inputs = max(
+        size
+        for size in (32, 64, 128)
+        if size >= least and columns % size == 0 and (group % size == 0 or size % group == 0) and size * low <= 512
+    )
+    along_out = packed.axis == "out" and packed.group_size != packed.out_features
+    narrow = rows > 8 or (along_out and packed.group_size % 64) or packed.padded_out_features % 64
+    outputs = 32 if narrow else 64
+    tiles, programs = columns // inputs, packed.padded_out_features // outputs
+    warps = 4
+    wanted = max(1, 16 * processors // (programs * warps))
+    splits = min(wanted, max(1, tiles // (2 * warps)), 8)
+    return Config(outputs, inputs, warps, splits)
+
+
+def linear(x: Tensor, packed: PackedWeight, *, config: Config | None = None, subnormal: bool | None = None) -> Tensor:
+    """X W^T.
+
+    Args:
+        x: [M, I], M from 1 to 16, fp16 or bf16, on the weight's device.
+        packed: The weight.
+        config: Instead of ``configure``'s.
+        subnormal: Whether matrix instructions may take subnormal fp16 operands; ``None`` tests the device, once.
+
+    Returns:
+        [M, O] in the dtype of x. The same operands give the same bits.
+
+    Raises:
+        ValueError: The shape or dtype of x, or the layout of the weight, is not what this kernel reads.
+    """
+    if x.dim() != 2 or x.shape[1] != packed.in_features or not 1 <= x.shape[0] <= MAX_ROWS:
+        raise ValueError(f"x is {tuple(x.shape)}, not (1 to {MAX_ROWS}, {packed.in_features})")
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"x is {x.dtype}, not torch.float16 or torch.bfloat16")
+    if packed.layout != LAYOUT:
+        raise ValueError(f"the weight's layout is {packed.layout!r}, this kernel reads {LAYOUT!r}")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows = x.shape[0]
+    config = configure(packed, rows, _processors(x.device)) if config is None else config
+    if subnormal is None:
+        subnormal = x.dtype == torch.float16 and subnormals_survive(x.device)
+    out = x.new_empty(rows, packed.out_features)
+    parts = out if config.splits == 1 else x.new_empty(config.splits, *out.shape, dtype=torch.float32)
+    grid = (packed.padded_out_features // config.outputs, config.splits)
+    decode_kernel[grid](*arguments(x, packed, parts, config), **constants(packed, rows, config, subnormal))
+    if config.splits > 1:
+        size = out.numel()
+        sum_splits_kernel[(triton.cdiv(size, 1024),)](parts, out, size, SPLIT=config.splits, BLOCK=1024, num_warps=4)
+    return out
+
+
+def arguments(x: Tensor, packed: PackedWeight, out: Tensor, config: Config) -> tuple[Any, ...]:
+    """The tensors and sizes that ``decode_kernel`` is called with."""
+    high = packed.words if packed.high is None else packed.high
+    zeros = packed.scale if packed.zero_point is None else packed.zero_point
+    tiles = packed.padded_in_features // config.inputs
+    sizes = (x.shape[0], packed.in_features, packed.out_features, x.stride(0), tiles)
+    return (packed.words, high, packed.scale, zeros, x, out, *sizes)
+
+
+def constants(packed: PackedWeight, rows: int, config: Config, subnormal: bool) -> dict[str, Any]:
+    """The constants that ``decode_kernel`` is compiled with."""
+    low, high = PLANES[packed.bits]
+    columns = packed.padded_in_features
+    whole = packed.in_features if packed.axis == "in" else packed.out_features
+    per_channel = packed.axis == "in" and packed.group_size == whole
+    return {
+        "BITS": packed.bits,
+        "LOW_BITS": low,
+        "HIGH_BITS": high,
+        "GROUP": 0 if per_channel else packed.group_size,
+        "ALONG_OUT": packed.axis == "out",
+        "SYMMETRIC": packed.zero_point is None,
+        "SUBNORMAL": subnormal,
+        "MASKED": packed.in_features != columns or columns // config.inputs % (config.warps * config.splits) != 0,
+        "N": config.outputs,
+        "M": 8 if rows <= 8 else 16,
+        "K": config.inputs,
+        "W": config.warps,
+        "SPLIT": config.splits,
+        "PTX": torch.version.hip is None,
+        "num_warps": config.warps,
+    }
+
+
+@cache
+def subnormals_survive(device: torch.device) -> bool:
+    """Whether matrix instructions of a device take subnormal fp16 operands as they are; some flush them to zero.
+
+    Waits for the device the first time: call it before a CUDA graph is captured.
+    """
+    codes = torch.arange(32 * 32, device=device).view(32, 32).remainder(16).to(torch.uint8)
+    packed = pack(codes, codes.new_ones(32, 1, dtype=torch.float16), None, bits=4, group_size=32)
+    x = torch.eye(16, 32, dtype=torch.float16, device=device)
+    out = linear(x, packed, config=Config(32, 32, 1, 1), subnormal=True)
+    return torch.equal(out, (codes.T[:16].to(torch.float16) - 8))
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
