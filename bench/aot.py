@@ -24,12 +24,13 @@ from triton.runtime.jit import JITFunction
 
 from bench.sass import Instruction, disassemble
 
+LIMITED = ("sm_80", "sm_89", "sm_90", "sm_120")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 @dataclass(frozen=True)
 class Processor:
-    """Limits of one multiprocessor, and a part that has many of them; memory bandwidth in bytes a second, clock in Hz."""
+    """Limits of one multiprocessor, and a part that has many of them; bandwidth in bytes a second, clock in Hz."""
 
     warps: int
     programs: int
@@ -61,30 +62,26 @@ class Case:
         signature: Types of the arguments that are no constants: ``"*fp16:16"`` points to fp16 at an address that 16
             divides, ``"i32:16"`` is an integer that 16 divides.
         constants: Values of the others.
-        warps: Of a program.
-        stages: Of software pipelining.
+        options: Of the compiler: num_warps, num_stages and others.
         weights: That one program takes in one iteration of its main loop; what is counted is divided by it.
         weight_bytes: Of these weights.
         loading: Functions whose loads are of weights.
         dequantizing: Functions whose arithmetic is dequantization.
         bits_per_weight: With scales and zero-points, for the roofline.
-        limits: Greatest value allowed of figures by name. Limits hold for all targets of ``limited``.
-        limited: Targets.
+        limits: Greatest values allowed, by figure, on the targets in ``LIMITED``. Spills are allowed nowhere.
     """
 
     name: str
     kernel: JITFunction[Any]
     signature: dict[str, str]
     constants: dict[str, Any]
-    warps: int
-    stages: int = 1
+    options: dict[str, Any]
     weights: int = 0
     weight_bytes: int = 0
     loading: tuple[JITFunction[Any], ...] = ()
     dequantizing: tuple[JITFunction[Any], ...] = ()
     bits_per_weight: float = 0.0
     limits: dict[str, float] = field(default_factory=dict)
-    limited: tuple[str, ...] = ("sm_80", "sm_89", "sm_90", "sm_120")
 
 
 def compiled(case: Case, target: str) -> Any:
@@ -102,38 +99,40 @@ def compiled(case: Case, target: str) -> Any:
     source = ASTSource(case.kernel, types, constexprs=constants, attrs=attributes)
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    return triton.compile(source, target=gpu, options={"num_warps": case.warps, "num_stages": case.stages})
+    return triton.compile(source, target=gpu, options=case.options)
 
 
 def figures(case: Case, target: str) -> dict[str, Any]:
     """Compile a case and read its machine code.
 
     Returns:
-        registers, spills and shared bytes for every target, and for NVIDIA's also: occupancy; in_flight, the bytes of
-        weights that all programs of a multiprocessor load in one iteration; per weight of the main loop, in instructions
-        of a lane: dequantization, arithmetic, total, and shuffles, shared_stores and conversions (integer to floating
-        point) of weights; wide, the share of weight bytes that 128-bit loads take; matrix instructions by opcode;
-        roofline, the share of the part's memory bandwidth that the instructions leave room for.
+        registers, spills, shared (bytes) and mma (matrix instructions of the main loop by opcode) for every target; and
+        for NVIDIA's: occupancy; atomics; in the main loop, in instructions of a lane for each weight: dequantization,
+        arithmetic, total, and what weights should be spared, shuffles, shared_stores, conversions to floating point;
+        narrow, the share of weight bytes that loads of less than 128 bits take; in_flight, the bytes of weights that
+        all programs of a multiprocessor load in one iteration; idle, 1 where less than 40% occupied and less than 16 KB
+        in flight; roofline, the share of the part's memory bandwidth that the instructions leave room for.
     """
     binary = compiled(case, target)
     if not target.startswith("sm_"):
         return _amd_figures(binary.asm["amdgcn"], binary.metadata.shared)
     program = disassemble(binary.asm["cubin"])
     shared = max(program.shared, binary.metadata.shared)
-    occupancy, programs = _occupancy(target, program.registers, shared, case.warps)
+    occupancy, programs = _occupancy(target, program.registers, shared, case.options["num_warps"])
     spills = sum(i.kind == "spill" for i in program.instructions)
     found: dict[str, Any] = {"registers": program.registers, "spills": spills, "shared": shared, "occupancy": occupancy}
     loop = program.main_loop()
     found["mma"] = dict(Counter(i.opcode for i in loop if i.kind == "mma"))
     found["atomics"] = sum(i.kind == "atomic" for i in program.instructions)
     if case.weights:
-        found |= _per_weight(case, loop, programs) | {"roofline": None}
+        found |= _per_weight(case, loop, programs)
+        found["idle"] = float(occupancy < 0.4 and found["in_flight"] < 16384)
         found["roofline"] = _roofline(target, found["total"], case.bits_per_weight)
     return found
 
 
 def _per_weight(case: Case, loop: list[Instruction], programs: int) -> dict[str, Any]:
-    lanes = 32 * case.warps
+    lanes = 32 * case.options["num_warps"]
     dequantizing, loading = Lines(case.dequantizing), Lines(case.loading)
 
     def per_weight(instructions: list[Instruction]) -> float:
@@ -142,7 +141,7 @@ def _per_weight(case: Case, loop: list[Instruction], programs: int) -> dict[str,
     arithmetic = [i for i in loop if i.kind in ("arithmetic", "convert")]
     on_weights = [i for i in loop if dequantizing.contains(i) or loading.contains(i)]
     loads = [i for i in loop if i.kind == "load" and loading.contains(i)]
-    wide = sum(i.load_bits for i in loads if i.load_bits == 128)
+    loaded = sum(i.load_bits for i in loads)
     return {
         "dequantization": per_weight([i for i in arithmetic if dequantizing.contains(i)]),
         "arithmetic": per_weight(arithmetic),
@@ -150,8 +149,7 @@ def _per_weight(case: Case, loop: list[Instruction], programs: int) -> dict[str,
         "shuffles": per_weight([i for i in on_weights if i.kind == "shuffle"]),
         "shared_stores": per_weight([i for i in on_weights if i.kind == "shared store"]),
         "conversions": per_weight([i for i in on_weights if i.base in ("I2F", "I2FP", "I2I")]),
-        "wide": wide / max(1, sum(i.load_bits for i in loads)),
-        "loaded": sum(i.load_bits for i in loads) // 8 * lanes / max(1, case.weight_bytes),
+        "narrow": sum(i.load_bits for i in loads if i.load_bits < 128) / max(1, loaded),
         "in_flight": programs * case.weight_bytes,
     }
 
@@ -196,8 +194,8 @@ def _amd_figures(assembly: str, shared: int) -> dict[str, Any]:
 
 
 def violations(case: Case, target: str, found: dict[str, Any]) -> Iterator[str]:
-    """What a kernel does not hold of its limits, in words; spills are never allowed."""
-    limits = {"spills": 0.0} | (case.limits if target in case.limited else {})
+    """The limits that a kernel does not keep, in words."""
+    limits = {"spills": 0.0} | (case.limits if target in LIMITED else {})
     for name, limit in limits.items():
         if name in found and found[name] > limit:
             yield f"{case.name} on {target}: {name} {found[name]:.3f}, limit {limit}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,9 +23,9 @@ class Config:
 
     Attributes:
         outputs: Of a program, 32 or 64.
-        inputs: Of a warp's tile, 32, 64 or 128.
+        inputs: Of a tile, what a warp takes at a time: 32, 64 or 128.
         warps: Of a program; they share the inputs.
-        splits: Programs that share the inputs; their sums are added by a second kernel.
+        splits: Programs that share the inputs; a second kernel adds their sums.
     """
 
     outputs: int
@@ -36,29 +37,29 @@ class Config:
 def configure(packed: PackedWeight, rows: int, processors: int) -> Config:
     """A configuration for a device with this many multiprocessors.
 
-    Warps own about 8 KB of weights at a time; as many as the inputs give are put on a processor, up to 16.
+    Warps of one program share the inputs at no cost, so they come first; programs that share them cost their sums in
+    memory, written and read, which are kept below 3% of the weight.
     """
     low, high = PLANES[packed.bits]
     columns = packed.padded_in_features
-    least = 128 // (high or low)  # inputs of a word
-    group = packed.group_size if packed.axis == "in" and packed.group_size != packed.in_features else columns
     inputs = max(
         size
         for size in (32, 64, 128)
-        if size >= least and columns % size == 0 and (group % size == 0 or size % group == 0) and size * low <= 512
+        if size * low <= 512  # registers for a warp's words
+        and size * (high or low) >= 128  # a whole word of the last plane
+        and columns % size == 0
     )
-    along_out = packed.axis == "out" and packed.group_size != packed.out_features
-    narrow = rows > 8 or (along_out and packed.group_size % 64) or packed.padded_out_features % 64
-    outputs = 32 if narrow else 64
-    tiles, programs = columns // inputs, packed.padded_out_features // outputs
-    warps = 4
-    wanted = max(1, 16 * processors // (programs * warps))
-    splits = min(wanted, max(1, tiles // (2 * warps)), 8)
+    straddled = packed.axis == "out" and packed.group_size != packed.out_features and packed.group_size % 64
+    outputs = 32 if rows > 8 or straddled or packed.padded_out_features % 64 else 64
+    programs, tiles = packed.padded_out_features // outputs, columns // inputs
+    warps = 4 if programs >= 3 * processors or tiles < 16 else 8
+    affordable = packed.nbytes * 3 // (100 * 8 * rows * packed.out_features)
+    splits = max(1, min(2 * processors // programs, tiles // warps, affordable, 8))
     return Config(outputs, inputs, warps, splits)
 
 
 def linear(x: Tensor, packed: PackedWeight, *, config: Config | None = None, subnormal: bool | None = None) -> Tensor:
-    """X W^T.
+    """The product x W^T.
 
     Args:
         x: [M, I], M from 1 to 16, fp16 or bf16, on the weight's device.
@@ -87,7 +88,8 @@ def linear(x: Tensor, packed: PackedWeight, *, config: Config | None = None, sub
     out = x.new_empty(rows, packed.out_features)
     parts = out if config.splits == 1 else x.new_empty(config.splits, *out.shape, dtype=torch.float32)
     grid = (packed.padded_out_features // config.outputs, config.splits)
-    decode_kernel[grid](*arguments(x, packed, parts, config), **constants(packed, rows, config, subnormal))
+    fixed = constants(packed, rows, config, subnormal)
+    decode_kernel[grid](*arguments(x, packed, parts, config), **fixed, **compiler_options(fixed))
     if config.splits > 1:
         size = out.numel()
         sum_splits_kernel[(triton.cdiv(size, 1024),)](parts, out, size, SPLIT=config.splits, BLOCK=1024, num_warps=4)
@@ -107,14 +109,15 @@ def constants(packed: PackedWeight, rows: int, config: Config, subnormal: bool) 
     """The constants that ``decode_kernel`` is compiled with."""
     low, high = PLANES[packed.bits]
     columns = packed.padded_in_features
-    whole = packed.in_features if packed.axis == "in" else packed.out_features
-    per_channel = packed.axis == "in" and packed.group_size == whole
+    along_out = packed.axis == "out"
+    group = 0 if packed.group_size == packed.in_features and not along_out else packed.group_size
     return {
         "BITS": packed.bits,
         "LOW_BITS": low,
         "HIGH_BITS": high,
-        "GROUP": 0 if per_channel else packed.group_size,
-        "ALONG_OUT": packed.axis == "out",
+        "GROUP": group,
+        "SPAN": config.inputs if along_out else math.gcd(group, config.inputs),
+        "ALONG_OUT": along_out,
         "SYMMETRIC": packed.zero_point is None,
         "SUBNORMAL": subnormal,
         "MASKED": packed.in_features != columns or columns // config.inputs % (config.warps * config.splits) != 0,
@@ -124,8 +127,16 @@ def constants(packed: PackedWeight, rows: int, config: Config, subnormal: bool) 
         "W": config.warps,
         "SPLIT": config.splits,
         "PTX": torch.version.hip is None,
-        "num_warps": config.warps,
     }
+
+
+def compiler_options(constants: dict[str, Any]) -> dict[str, int]:
+    """Warps and a bound on registers; without one, ptxas would spill rather than miss a round occupancy."""
+    options = {"num_warps": constants["W"], "num_stages": 1}
+    if constants["PTX"]:
+        few = constants["BITS"] == 2 and constants["M"] == 16  # to have enough warps
+        options["maxnreg"] = 255 if constants["BITS"] == 3 else (128 if few else 168)
+    return options
 
 
 @cache
@@ -138,7 +149,7 @@ def subnormals_survive(device: torch.device) -> bool:
     packed = pack(codes, codes.new_ones(32, 1, dtype=torch.float16), None, bits=4, group_size=32)
     x = torch.eye(16, 32, dtype=torch.float16, device=device)
     out = linear(x, packed, config=Config(32, 32, 1, 1), subnormal=True)
-    return torch.equal(out, (codes.T[:16].to(torch.float16) - 8))
+    return torch.equal(out, codes.T[:16].to(torch.float16) - 8)
 
 
 def _processors(device: torch.device) -> int:

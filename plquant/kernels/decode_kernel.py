@@ -4,10 +4,10 @@ Every byte of the weight is read once, straight into the registers that a matrix
 memory, no shuffle, no conversion, no arithmetic but masks. A code becomes a number by being looked at as one:
 
 - subnormal (fp16): the field itself, as a subnormal number, is code 2^(shift - 24).
-- offset: with an exponent put above it, it is offset + code 2^shift; the offset is 1024 in fp16 and 128 in bf16.
+- offset: with an exponent above it the field is offset + code 2^shift; the offset is 1024 in fp16, 128 in bf16.
 
-Fields at different shifts have accumulators of their own. Offset and zero-point are taken off by the sums of x, which are
-products with a matrix of ones; scales are applied to accumulators, or to x where groups run along the output.
+Fields at different shifts have accumulators of their own. Offset and zero-point are taken off by the sums of x, which
+are products with a matrix of ones; scales are applied to accumulators, or to x where groups run along the output.
 
 A program owns 32 or 64 outputs; its warps share the inputs, as do programs along the second axis of the grid, and their
 sums are added in a fixed order.
@@ -73,7 +73,7 @@ def _fields(
     high,
     A: tl.constexpr,
     CLS: tl.constexpr,
-    I: tl.constexpr,
+    SHARER: tl.constexpr,
     CLASSES: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -88,7 +88,7 @@ def _fields(
         if EXPONENT == 0:
             return _field(words, SHIFT, MASK)
         return _with_exponent(words, SHIFT, MASK, EXPONENT, PTX)
-    HIGH_SHIFT: tl.constexpr = HIGH_BITS * I + SHIFT - LOW_BITS
+    HIGH_SHIFT: tl.constexpr = HIGH_BITS * SHARER + SHIFT - LOW_BITS
     HIGH_MASK: tl.constexpr = ((1 << HIGH_BITS) - 1) << (AT + LOW_BITS)
     if EXPONENT == 0:
         return _field(words, SHIFT, MASK) | _field(high, HIGH_SHIFT, HIGH_MASK)
@@ -233,6 +233,7 @@ def decode_kernel(
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     ALONG_OUT: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     SUBNORMAL: tl.constexpr,
@@ -246,8 +247,9 @@ def decode_kernel(
 ):
     """out[split, m, n] = sum over a share of the inputs of x[m, k] scale (code[n, k] - zero_point).
 
-    ``tiles`` of K inputs are stored; warp w of program (n, s) takes tiles s W + w, s W + w + W SPLIT, and so on. GROUP 0
-    is one scale per channel. MASKED: the last tiles are not there for all warps, or the last inputs are padding.
+    ``tiles`` of K inputs are stored; warp w of program (n, s) takes tiles s W + w, s W + w + W SPLIT, and so on. GROUP
+    is inputs or outputs, 0: one scale per channel; scales along the input are applied every SPAN inputs, which divides
+    GROUP and K. MASKED: the last tiles are not there for all warps, or the last inputs are padding.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HALF: tl.constexpr = DTYPE == tl.float16
@@ -262,7 +264,6 @@ def decode_kernel(
     IN_WORD: tl.constexpr = 2 if LOW_BITS == 2 else 1  # blocks of 32 inputs in a word of the first plane
     SHARING: tl.constexpr = LOW_BITS // HIGH_BITS if HIGH_BITS else 1  # words of the first plane to one of the second
     RESCALE: tl.constexpr = not ALONG_OUT and GROUP > 0
-    SPAN: tl.constexpr = GROUP if RESCALE and GROUP < K else K  # inputs between two scales
 
     first = tl.program_id(1) * W
     padded_in = tiles * K
@@ -329,9 +330,9 @@ def decode_kernel(
                             p0 = tl.dot(_operand(even, odd, DTYPE), xb, p0)
                     else:
                         cls = b if LOW_BITS == 4 else block % 2 * 2 + b
-                        i = block // IN_WORD % SHARING
-                        even = _fields(words, high, 0, cls, i, CLASSES, LOW_BITS, HIGH_BITS, EXPONENT, PTX)
-                        odd = _fields(words, high, 1, cls, i, CLASSES, LOW_BITS, HIGH_BITS, EXPONENT, PTX)
+                        sharer = block // IN_WORD % SHARING
+                        even = _fields(words, high, 0, cls, sharer, CLASSES, LOW_BITS, HIGH_BITS, EXPONENT, PTX)
+                        odd = _fields(words, high, 1, cls, sharer, CLASSES, LOW_BITS, HIGH_BITS, EXPONENT, PTX)
                         w = _operand(even, odd, DTYPE)
                         if cls % CLASSES == 0:
                             p0 = tl.dot(w, xb, p0)
@@ -350,7 +351,9 @@ def decode_kernel(
                     else:
                         r0 = tl.dot(tl.full((W, 16, 16), 1.0, DTYPE), xb, r0)
             if RESCALE:
-                at = ((start + warp) * K + group * SPAN) // GROUP * padded_out + in_order
+                at_input = (start + warp) * K + group * SPAN
+                at = at_input // GROUP * padded_out + in_order
+                scaled = at_input < in_features
                 p = _combined(p0, p1, p2, p3, CLASSES, LOW_BITS)
                 acc += _scaled(
                     p,
@@ -358,7 +361,7 @@ def decode_kernel(
                     r1,
                     scale_ptr + at,
                     zero_ptr + at,
-                    alive,
+                    scaled,
                     MASKED,
                     SYMMETRIC,
                     BITS,

@@ -1,17 +1,18 @@
 """The layout that the kernels read, made from codes once, when a model is loaded.
 
-A matrix instruction (mma.sync m16n8k16) wants its left operand spread over a warp in one certain way. Words are stored so
-that 16 contiguous bytes a lane, as one load brings them, are that operand: what is left to do is to mask out fields.
+A matrix instruction (mma.sync m16n8k16) wants its left operand spread over a warp in one certain way. Words are stored
+so that 16 contiguous bytes a lane, as one load brings them, are that operand: all that is left to do is to mask fields.
 
-Planes. Codes of 3, 5 and 6 bits are 2 + 1, 4 + 1 and 4 + 2 bits in two planes, so that every field is a power of two wide
-and no bit is wasted; 7 bits take 8.
+Planes. Codes of 3, 5 and 6 bits are 2 + 1, 4 + 1 and 4 + 2 bits in two planes, so that every field is a power of two
+wide and no bit is wasted; 7 bits take 8.
 
-Order. Rows are in tiles of 32: row = 16 r + 8 h + g. Inputs are in blocks of 32: k = 32 block + 8 c + 4 b + 2 a + e. A plane
-of p bits is int32 [O / 32, I p / 128, 128]; the 128 words of a tile are [g 8, c 4, r 2, h 2], lane 4 g + c takes 4 of them.
-A word holds the codes of one row, those of lane c, at bit
+Order. Rows are in tiles of 32: row = 16 r + 8 h + g. Inputs are in blocks of 32: k = 32 block + 8 c + 4 b + 2 a + e. A
+plane of p bits is int32 [O / 32, I p / 128, 128]; the last axis is [g 8, c 4, r 2, h 2], and lane 4 g + c of a warp
+takes four words. A word holds codes of one row, those of c, and the code of (block, b, a, e) is at bit
 
-    p cls + 8 a + 16 e            cls: b for 4 bits, 2 (block % 2) + b for 2 bits; 0 for 8 bits, which have a word for each b
-    q i + p cls + 8 a + 16 e      second plane, of q bits: i counts the words of the first plane that share a word of the second
+    p cls + 8 a + 16 e          in the first plane; cls is b for 4 bits, 2 (block % 2) + b for 2 bits, and 0 for 8 bits,
+                                which have a word for each b
+    q i + p cls + 8 a + 16 e    in the second, of q bits; i counts the words of the first that share one of the second
 """
 
 from __future__ import annotations
