@@ -89,10 +89,11 @@ def linear(x: Tensor, packed: PackedWeight, *, config: Config | None = None, sub
     parts = out if config.splits == 1 else x.new_empty(config.splits, *out.shape, dtype=torch.float32)
     grid = (packed.padded_out_features // config.outputs, config.splits)
     fixed = constants(packed, rows, config, subnormal)
-    decode_kernel[grid](*arguments(x, packed, parts, config), **fixed, **compiler_options(fixed))
-    if config.splits > 1:
-        size = out.numel()
-        sum_splits_kernel[(triton.cdiv(size, 1024),)](parts, out, size, SPLIT=config.splits, BLOCK=1024, num_warps=4)
+    with torch.cuda.device_of(x):  # triton launches on the current device
+        decode_kernel[grid](*arguments(x, packed, parts, config), **fixed, **compiler_options(fixed))
+        if config.splits > 1:
+            blocks = (triton.cdiv(out.numel(), 1024),)
+            sum_splits_kernel[blocks](parts, out, out.numel(), SPLIT=config.splits, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -107,6 +108,7 @@ def arguments(x: Tensor, packed: PackedWeight, out: Tensor, config: Config) -> t
 
 def constants(packed: PackedWeight, rows: int, config: Config, subnormal: bool) -> dict[str, Any]:
     """The constants that ``decode_kernel`` is compiled with."""
+    nvidia = torch.version.hip is None
     low, high = PLANES[packed.bits]
     columns = packed.padded_in_features
     along_out = packed.axis == "out"
@@ -122,11 +124,11 @@ def constants(packed: PackedWeight, rows: int, config: Config, subnormal: bool) 
         "SUBNORMAL": subnormal,
         "MASKED": packed.in_features != columns or columns // config.inputs % (config.warps * config.splits) != 0,
         "N": config.outputs,
-        "M": 8 if rows <= 8 else 16,
+        "M": 8 if rows <= 8 and nvidia else 16,  # AMD's matrix instructions have 16 columns at least
         "K": config.inputs,
         "W": config.warps,
         "SPLIT": config.splits,
-        "PTX": torch.version.hip is None,
+        "PTX": nvidia,
     }
 
 

@@ -216,7 +216,7 @@ def _scaled(
     return scale * p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def decode_kernel(
     words_ptr,
     high_ptr,
