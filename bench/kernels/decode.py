@@ -76,7 +76,9 @@ def case(target: str, bits: int, dtype: str, axis: str, **changes: Any) -> Case:
     return Case(
         name=f"decode W{bits} {dtype} {axis}" + "".join(f" {key}={value}" for key, value in changes.items()),
         kernel=code.decode_kernel,
-        signature={"words_ptr": "*i32:16", "high_ptr": "*i32:16", "rows": "i32", "tiles": "i32"} | floats | sizes,
+        signature={"words_ptr": "*i32:16", "high_ptr": "*i32:16", "rows": "i32", "tiles": "i32", "gain": "fp32"}
+        | floats
+        | sizes,
         constants=constants,
         options=compiler_options(constants),
         weights=weights,

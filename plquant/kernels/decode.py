@@ -102,7 +102,7 @@ def arguments(x: Tensor, packed: PackedWeight, out: Tensor, config: Config) -> t
     high = packed.words if packed.high is None else packed.high
     zeros = packed.scale if packed.zero_point is None else packed.zero_point
     tiles = packed.padded_in_features // config.inputs
-    sizes = (x.shape[0], packed.in_features, packed.out_features, x.stride(0), tiles)
+    sizes = (x.shape[0], packed.in_features, packed.out_features, x.stride(0), tiles, packed.gain)
     return (packed.words, high, packed.scale, zeros, x, out, *sizes)
 
 

@@ -229,6 +229,7 @@ def decode_kernel(
     out_features,
     stride_x,
     tiles,
+    gain,
     BITS: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -245,7 +246,7 @@ def decode_kernel(
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """out[split, m, n] = sum over a share of the inputs of x[m, k] scale (code[n, k] - zero_point).
+    """out[split, m, n] = sum over a share of the inputs of x[m, k] gain scale (code[n, k] - zero_point).
 
     ``tiles`` of K inputs are stored; warp w of program (n, s) takes tiles s W + w, s W + w + W SPLIT, and so on. GROUP
     is inputs or outputs, 0: one scale per channel; scales along the input are applied every SPAN inputs, which divides
@@ -377,7 +378,7 @@ def decode_kernel(
     if not RESCALE:
         p = _combined(p0, p1, p2, p3, CLASSES, LOW_BITS)
         if ALONG_OUT:
-            acc = p * UNIT - _all_rows(r0, N)
+            acc = (p * UNIT - _all_rows(r0, N)) * gain
         else:
             acc = _scaled(
                 p,

@@ -40,13 +40,16 @@ class PackedWeight:
     Attributes:
         words: First plane, int32 [O / 32, I p / 128, 128].
         high: Second plane, int32 [O / 32, I q / 128, 128], or ``None``.
-        scale: [G, O], the rows of each tile in the order [g 8, r 2, h 2]; with groups along the output [G, I].
+        scale: [G, O], the rows of each tile in the order [g 8, r 2, h 2]; with groups along the output [G, I], without
+            ``gain``.
         zero_point: Integer valued, shape and dtype of ``scale``; ``None``: 2^(bits - 1) everywhere.
         bits: Width of a code.
         group_size: Inputs that share a scale, or outputs with ``axis`` "out".
         axis: "in": groups along the input, one scale per channel included; "out": groups along the output.
         out_features: Rows of the weight before padding.
         in_features: Columns of the weight before padding.
+        gain: Power of two that all scales are to be multiplied with. Groups along the output need it: kernels multiply
+            x with scales, which are kept near 1, so that fp16 does not underflow.
         layout: Names the order; a kernel refuses others.
     """
 
@@ -59,6 +62,7 @@ class PackedWeight:
     axis: Axis
     out_features: int
     in_features: int
+    gain: float = 1.0
     layout: str = LAYOUT
 
     @property
@@ -133,7 +137,9 @@ def pack(
         return padded.reshape(-1, 2, 2, 8).permute(0, 3, 1, 2).reshape(padded.shape).contiguous()
 
     zeros = None if zero_point is None else order(zero_point.to(scale.dtype))
-    return PackedWeight(words, high, order(scale), zeros, bits, group_size, axis, rows, columns)
+    exponent = min(0, int(torch.frexp(scale.abs().max().float()).exponent)) if axis == "out" else 0  # up is exact
+    scale = torch.ldexp(scale.float(), torch.tensor(-exponent, device=scale.device)).to(scale.dtype)
+    return PackedWeight(words, high, order(scale), zeros, bits, group_size, axis, rows, columns, 2.0**exponent)
 
 
 def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -150,7 +156,8 @@ def unpack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
         return rows[:, : packed.out_features].T
 
     zeros = None if packed.zero_point is None else order(packed.zero_point)
-    return codes[: packed.out_features, : packed.in_features], order(packed.scale), zeros
+    scale = (order(packed.scale).double() * packed.gain).to(packed.scale.dtype)
+    return codes[: packed.out_features, : packed.in_features], scale, zeros
 
 
 def _fields(bits: int, first: int, step: int) -> tuple[list[int], list[int]]:

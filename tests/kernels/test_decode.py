@@ -96,6 +96,13 @@ def test_a_view_of_x_is_as_good() -> None:
         assert torch.equal(decode.linear(view, packed, subnormal=True), expected)
 
 
+def test_small_inputs_do_not_underflow() -> None:
+    """x times a scale of 0.01 would be a subnormal number of few bits."""
+    packed, weight = quantized(4, (64, 512), 64, "out")
+    x = inputs(16, 512) * 1e-3
+    assert error_ratio(decode.linear(x, packed, subnormal=True), x, weight) <= LIMIT["out"][4]
+
+
 def test_a_wrong_zero_point_shows() -> None:
     packed, weight = quantized(4, (64, 256), 64)
     assert packed.zero_point is not None
