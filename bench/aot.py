@@ -109,8 +109,9 @@ def figures(case: Case, target: str) -> dict[str, Any]:
         registers, spills, shared (bytes) and mma (matrix instructions of the main loop by opcode) for every target; and
         for NVIDIA's: occupancy; atomics; in the main loop, in instructions of a lane for each weight: dequantization,
         arithmetic, total, and what weights should be spared, shuffles, shared_stores, conversions to floating point;
-        narrow, the share of weight bytes that loads of less than 128 bits take; in_flight, the bytes of weights that
-        all programs of a multiprocessor load in one iteration; idle, 1 where less than 40% occupied and less than 16 KB
+        narrow, the share of weight bytes that loads of less than 128 bits take; missed, the share of weight bytes whose
+        loads were not found, or were found twice; in_flight, the bytes of weights that all programs of a multiprocessor
+        load in one iteration; idle, 1 where less than 40% is occupied and less than 16 KB
         in flight; roofline, the share of the part's memory bandwidth that the instructions leave room for.
     """
     binary = compiled(case, target)
@@ -149,6 +150,7 @@ def _per_weight(case: Case, loop: list[Instruction], programs: int) -> dict[str,
         "shuffles": per_weight([i for i in on_weights if i.kind == "shuffle"]),
         "shared_stores": per_weight([i for i in on_weights if i.kind == "shared store"]),
         "conversions": per_weight([i for i in on_weights if i.base in ("I2F", "I2FP", "I2I")]),
+        "missed": abs(1 - loaded // 8 * lanes / max(1, case.weight_bytes)),
         "narrow": sum(i.load_bits for i in loads if i.load_bits < 128) / max(1, loaded),
         "in_flight": programs * case.weight_bytes,
     }

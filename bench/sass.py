@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -108,10 +109,21 @@ def disassemble(cubin: bytes) -> Program:
             address = int(found[1], 16)
             labels.update(dict.fromkeys(waiting, address))
             waiting = []
-            instructions.append(Instruction(address, found[3], found[4], *position))
+            instructions.append(_in_source(Instruction(address, found[3], found[4], *position)))
     counts = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     assert counts is not None and instructions, "the disassembler printed something else"
     return Program(instructions, labels, *map(int, counts.groups()))
+
+
+def _in_source(instruction: Instruction) -> Instruction:
+    """A load on the line of its ``tl.load``.
+
+    Triton makes loads of inline assembly that clears each register first, a line each, and LLVM counts these lines on.
+    """
+    for ahead in (instruction.load_bits // 32, 0) if instruction.kind == "load" else ():
+        if ".load(" in linecache.getline(instruction.file, instruction.line - ahead):
+            return replace(instruction, line=instruction.line - ahead)
+    return instruction
 
 
 def _tool(name: str, *arguments: str) -> str:

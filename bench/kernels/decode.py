@@ -68,7 +68,7 @@ def case(target: str, bits: int, dtype: str, axis: str, **changes: Any) -> Case:
     sizes = {name: "i32:16" for name in ("in_features", "out_features", "stride_x")}
     weights = constants["N"] * constants["K"] * constants["W"]
     limits = {
-        **dict.fromkeys(("shuffles", "shared_stores", "conversions", "atomics", "idle"), 0.0),
+        **dict.fromkeys(("shuffles", "shared_stores", "conversions", "atomics", "idle", "missed"), 0.0),
         "narrow": 0.05,
     }
     if not changes:

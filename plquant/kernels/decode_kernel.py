@@ -127,7 +127,11 @@ def _load(pointers, alive, MASKED: tl.constexpr):
 @triton.jit
 def _load_words(pointers, alive, MASKED: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
     """A word of each row and lane: [N / 32 W, 128] pointers -> [W, N, 4 (c)]."""
-    words = tl.reshape(_load(pointers, alive, MASKED), (N // 32, W, 8, 4, 2, 2))
+    if MASKED:
+        words = tl.load(pointers, mask=alive, other=0)
+    else:
+        words = tl.load(pointers)
+    words = tl.reshape(words, (N // 32, W, 8, 4, 2, 2))
     return tl.reshape(tl.permute(words, (1, 0, 4, 5, 2, 3)), (W, N, 4))
 
 

@@ -42,7 +42,7 @@ def test_both_modes_agree_where_subnormals_survive() -> None:
     packed, _ = quantized(4, (512, 1024), 64, device=DEVICE)
     x = inputs(4, 1024, device=DEVICE)
     fast, safe = (decode.linear(x, packed, subnormal=mode).double() for mode in (True, False))
-    assert (fast - safe).norm() <= 1e-4 * fast.norm()
+    assert (fast - safe).norm() <= 5e-4 * fast.norm()  # the rounding of fp16 is 2e-4
 
 
 def test_in_a_cuda_graph() -> None:
