@@ -12,6 +12,7 @@ BELOW = {
     "evaluating": [],
     "finite": ["evaluating"],
     "quant": [],
+    "kernels": [],
     "transforms": ["quant"],
     "formats": ["files", "quant"],
     "nn": ["quant", "transforms", "formats"],
@@ -52,7 +53,7 @@ BELOW = {
         *["callbacks", "finite", "manifest", "perplexity", "plan", "report", "run_folder"],
     ],
 }
-PURE = {"quant", "transforms"}  # never lightning or transformers
+PURE = {"quant", "transforms", "kernels"}  # never lightning or transformers
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
 
 
