@@ -141,7 +141,8 @@ def linear(x: QuantizedTokens, weight: IntWeight, dtype: torch.dtype, *, config:
         raise ValueError(f"packed codes are read {BLOCK} inputs at a time, not {config.inputs}")
     out = x.codes.new_empty(rows, len(weight.codes), dtype=dtype)
     grid = (triton.cdiv(rows, config.rows) * triton.cdiv(len(weight.codes), config.outputs),)
-    int_gemm_kernel[grid](*arguments(x, weight, out), **constants(x, weight, config))
+    with torch.cuda.device_of(out):  # triton launches on the current device
+        int_gemm_kernel[grid](*arguments(x, weight, out), **constants(x, weight, config))
     return out
 
 

@@ -110,9 +110,10 @@ def quantize_tokens(
     outputs = (result.codes, result.scale, zero, result.sums)
     sizes = (x.stride(0), width, width_out, 0.0 if norm is None else norm.eps)
     options = constants(bits, symmetric, width, width_out, 0 if gather is None else len(gather), hadamard)
-    token_quantize_kernel[(rows,)](
-        x, gain, table, shift, *outputs, *sizes, NORM=norm is not None, OFFSET=offset is not None, **options
-    )
+    with torch.cuda.device_of(x):  # triton launches on the current device
+        token_quantize_kernel[(rows,)](
+            x, gain, table, shift, *outputs, *sizes, NORM=norm is not None, OFFSET=offset is not None, **options
+        )
     return result
 
 
