@@ -6,6 +6,7 @@ kernel's time, they do not predict it: latency, clocks and caches are not in the
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import os
@@ -13,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # explicitly: triton 3.10 changes the default
@@ -99,7 +101,11 @@ def compiled(case: Case, target: str) -> Any:
     source = ASTSource(case.kernel, types, constexprs=constants, attrs=attributes)
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    return triton.compile(source, target=gpu, options=case.options)
+    with triton.knobs.cache.scope():
+        # Cached machine code names the files it was made from: another checkout's would not be found in this one.
+        checkout = hashlib.sha256(__file__.encode()).hexdigest()[:12]
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / checkout)
+        return triton.compile(source, target=gpu, options=case.options)
 
 
 def figures(case: Case, target: str) -> dict[str, Any]:

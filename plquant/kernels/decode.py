@@ -136,7 +136,8 @@ def compiler_options(constants: dict[str, Any]) -> dict[str, int]:
     """Warps and a bound on registers; without one, ptxas would spill rather than miss a round occupancy."""
     options = {"num_warps": constants["W"], "num_stages": 1}
     if constants["PTX"]:
-        few = constants["BITS"] == 2 and constants["M"] == 16  # to have enough warps
+        spilling = constants["ALONG_OUT"] and not constants["SUBNORMAL"]  # on sm_100
+        few = constants["BITS"] == 2 and constants["M"] == 16 and not spilling  # to have enough warps
         options["maxnreg"] = 255 if constants["BITS"] == 3 else (128 if few else 168)
     return options
 
