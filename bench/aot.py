@@ -113,7 +113,8 @@ def figures(case: Case, target: str) -> dict[str, Any]:
 
     Returns:
         registers, spills, shared (bytes) and mma (matrix instructions of the main loop by opcode) for every target; and
-        for NVIDIA's: occupancy; atomics; in the main loop, in instructions of a lane for each weight: dequantization,
+        for NVIDIA's: occupancy; atomics; in the main loop, or the whole kernel if it has none: per_mma, instructions to
+        one matrix instruction; and, in the main loop, in instructions of a lane for each weight: dequantization,
         arithmetic, total, and what weights should be spared, shuffles, shared_stores, conversions to floating point;
         narrow, the share of weight bytes that loads of less than 128 bits take; missed, the share of weight bytes whose
         loads were not found, or were found twice; in_flight, the bytes of weights that all programs of a multiprocessor
@@ -128,8 +129,10 @@ def figures(case: Case, target: str) -> dict[str, Any]:
     occupancy, programs = _occupancy(target, program.registers, shared, case.options["num_warps"])
     spills = sum(i.kind == "spill" for i in program.instructions)
     found: dict[str, Any] = {"registers": program.registers, "spills": spills, "shared": shared, "occupancy": occupancy}
-    loop = program.main_loop()
+    loop = program.main_loop() or program.instructions
     found["mma"] = dict(Counter(i.opcode for i in loop if i.kind == "mma"))
+    if found["mma"]:
+        found["per_mma"] = len(loop) / sum(found["mma"].values())
     found["atomics"] = sum(i.kind == "atomic" for i in program.instructions)
     if case.weights:
         found |= _per_weight(case, loop, programs)

@@ -8,6 +8,7 @@ Repaired, for triton 3.9 (upstream says that it supports none of this, triton-la
 - bf16 is kept as raw uint16, and ``*``, ``+``, ``-``, int to bf16, ``tl.dot`` and ``tl.sum`` compute on those integers;
   fp32 to bf16 truncates. Here they compute in fp32 and round to nearest even.
 - ``tl.inline_asm_elementwise`` is refused. Here ``bench.ptx`` runs it.
+- ``tl.fma`` of fp32 rounds the product. Here it goes through float64.
 - ``tl.dot`` of int8 takes numpy's slow integer loop. Here it goes through float64, which is exact.
 
 Not repaired: ``extern_elementwise`` (libdevice), bf16 atomics, bf16 scans.
@@ -158,7 +159,11 @@ def _ternary_op(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fma(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-        return _through_fp32([x, y, z], lambda a, b, c: a * b + c) if _is_bf16(z) else original(self, x, y, z)
+        if _is_bf16(z):
+            return _through_fp32([x, y, z], lambda a, b, c: a * b + c)
+        if z.data.dtype == np.float32:
+            return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32), z.dtype.scalar)
+        return original(self, x, y, z)
 
     return create_fma
 
@@ -189,12 +194,12 @@ def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reduction(original: Callable[..., Any]) -> Callable[..., Any]:
-    def reduce(self: Any, input: Any, *options: Any) -> Any:
+    def reduce(self: Any, input: Any, *options: Any, **named: Any) -> Any:
         tensor = input[0] if isinstance(input, tuple) else input
         if tensor.dtype.scalar != tl.bfloat16:
-            return original(self, input, *options)
+            return original(self, input, *options, **named)
         wide = self.to_tensor(_widen(tensor.handle.data), tl.float32)
-        result = original(self, wide, *options)
+        result = original(self, wide, *options, **named)
         values, *indices = result if isinstance(result, tuple) else (result,)
         back = self.to_tensor(_narrow(values.handle.data), tl.bfloat16)
         return (back, *indices) if isinstance(result, tuple) else back

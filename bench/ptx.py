@@ -70,6 +70,21 @@ def _halves(function: Callable[..., NDArray[np.float64]]) -> Callable[..., Regis
     return run_halves
 
 
+def _bf16_halves(function: Callable[..., NDArray[np.float64]]) -> Callable[..., Register]:
+    """Two bf16 in a register; computed in float64, rounded to odd in fp32 and then to nearest even."""
+
+    def run_halves(*registers: Register) -> Register:
+        shifted = [np.ascontiguousarray(r).view(np.uint16).astype(np.uint32) << np.uint32(16) for r in registers]
+        exact = np.asarray(function(*(s.view(np.float32).astype(np.float64) for s in shifted)))
+        near = exact.astype(np.float32)
+        bits = np.where(np.abs(near) > np.abs(exact), near.view(np.uint32) - np.uint32(1), near.view(np.uint32))
+        bits |= (near != exact).astype(np.uint32)  # what was cut off must not look like a tie
+        rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+        return np.where(np.isnan(exact), np.uint16(0x7FC0), rounded.astype(np.uint16)).view(np.uint32)
+
+    return run_halves
+
+
 def _shift(left: bool) -> Callable[[Register, Register], Register]:
     def run_shift(a: Register, by: Register) -> Register:
         by = np.minimum(by, np.uint32(32))  # PTX clamps; numpy's result for 32 and more is undefined
@@ -97,4 +112,5 @@ INSTRUCTIONS: dict[str, Callable[..., Register]] = {
     "mul.f16x2": _halves(lambda a, b: a * b),
     "mul.rn.f16x2": _halves(lambda a, b: a * b),
     "fma.rn.f16x2": _halves(lambda a, b, c: a * b + c),
+    "fma.rn.bf16x2": _bf16_halves(lambda a, b, c: a * b + c),
 }

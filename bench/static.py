@@ -31,6 +31,7 @@ COLUMNS = {  # figure: heading, format
     "in_flight": ("in flight", "9d"),
     "dequantization": ("dequant", "7.2f"),
     "total": ("instr", "5.2f"),
+    "per_mma": ("per mma", "7.2f"),
     "shuffles": ("shfl", "4.2f"),
     "shared_stores": ("sts", "4.2f"),
     "narrow": ("narrow", "6.0%"),
