@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import bench.kernels
+import bench.launches
 from bench.aot import TARGETS, Case, figures, violations
 
 COLUMNS = {  # figure: heading, format
@@ -40,9 +40,9 @@ COLUMNS = {  # figure: heading, format
 
 
 def cases(target: str) -> Iterator[Case]:
-    """The launches that each file of ``bench/kernels`` names."""
-    for module in pkgutil.iter_modules(bench.kernels.__path__):
-        yield from importlib.import_module(f"bench.kernels.{module.name}").cases(target)
+    """The launches that each file of ``bench/launches`` names."""
+    for module in pkgutil.iter_modules(bench.launches.__path__):
+        yield from importlib.import_module(f"bench.launches.{module.name}").cases(target)
 
 
 def main() -> int:

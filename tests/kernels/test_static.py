@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.aot import TARGETS, figures, violations
-from bench.kernels import decode
+from bench.launches import decode
 from bench.static import cases
 
 
