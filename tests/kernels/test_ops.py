@@ -12,8 +12,8 @@ from plquant.kernels import native, ops, reference
 from plquant.kernels.layout import Shape, Weight, codes_of, lay_out, per_group_of
 
 N, K = 96, 192
-# Of the result's norm. fp32 sums are the only rounding before the result's own, 2^-9 for bf16 and 2^-11 for fp16 at most.
-BOUND = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
+# Of the norm of the result, which is rounded once: by 2^-8 in bf16 and 2^-11 in fp16 at most, by less on average.
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no kernels for this CPU")
 
 
