@@ -10,6 +10,7 @@ import plquant
 COMMANDS = {
     "calibrate": "Quantize a model block by block and write it to a folder.",
     "validate": "Measure perplexity, of the original model or of a quantized one.",
+    "generate": "Continue a text with a quantized model, from its packed integers.",
 }
 
 HELP = """usage: plquant [-h] [--version] COMMAND ...
@@ -40,6 +41,9 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if args[0] not in COMMANDS:
         sys.exit(f"plquant: {args[0]!r} is not a command; there are {', '.join(COMMANDS)}. See plquant --help.")
-    from plquant.lightning_cli import run
+    if args[0] == "generate":
+        from plquant.generate_cli import run
+    else:
+        from plquant.lightning_cli import run
 
-    run(args)
+    run(args[1:] if args[0] == "generate" else args)

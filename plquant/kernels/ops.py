@@ -5,6 +5,7 @@ Both take activations [..., K] of fp32, bf16 or fp16, and a weight as ``layout.l
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _library.define(
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a weight with scales of this dtype, on this device, has kernels of its own; else the reference is used."""
+    """Whether a weight with scales of this dtype has kernels on this device; without them the reference is used."""
     return device.type == "cpu" and dtype in _DTYPES and native.available()
 
 
@@ -34,32 +35,44 @@ def _expect(condition: bool, name: str, expected: str, given: object) -> None:
         raise ValueError(f"Expected argument `{name}` to be {expected}, but got {given}")
 
 
-def _check(
-    x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, x_bits: int = 8, x_offset: Tensor | None = None
-) -> None:
-    """Every argument fits the others."""
-    n, k = shape.out_features, shape.in_features
+@cache
+def _sizes(shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the codes, and of the scale and zero-point; refuses what is no shape."""
     _expect(2 <= shape.bits <= 8, "bits", "2 to 8", shape.bits)
-    width = n if shape.along_out else k
-    _expect(0 < shape.group_size and width % shape.group_size == 0, "group_size", f"a divisor of {width}", shape.group_size)
-    _expect(x.dtype in _DTYPES, "x", "float32, bfloat16 or float16", x.dtype)
-    _expect(x.ndim > 0 and x.shape[-1] == k, "x", f"of shape [..., {k}]", list(x.shape))
+    width = shape.out_features if shape.along_out else shape.in_features
+    fits = shape.group_size > 0 and width % shape.group_size == 0
+    _expect(fits, "group_size", f"a divisor of {width}", shape.group_size)
     codes = (shape.padded_out // TILE, shape.padded_in // UNIT, shape.bits, UNIT)
-    groups = (shape.groups, shape.padded_in if shape.along_out else shape.padded_out)
-    tensors: list[tuple[str, Tensor | None, tuple[torch.dtype, ...], tuple[int, ...]]] = [
-        ("codes", weight.codes, (torch.int16,), codes),
-        ("scale", weight.scale, _DTYPES, groups),
-        ("zero_point", weight.zero_point, (torch.uint8,), groups),
-        ("bias", bias, (x.dtype,), (n,)),
-        ("x_offset", x_offset, (torch.float32,), (k,)),
-    ]
-    _expect(2 <= x_bits <= 8, "x_bits", "2 to 8", x_bits)
-    for name, tensor, dtypes, size in tensors:
-        if tensor is not None:
-            _expect(tensor.dtype in dtypes, name, " or ".join(map(str, dtypes)), tensor.dtype)
-            _expect(tensor.shape == size, name, f"of shape {list(size)}", list(tensor.shape))
-            _expect(tensor.device == x.device, name, f"on {x.device} as `x` is", tensor.device)
-            _expect(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+    return codes, (shape.groups, shape.padded_in if shape.along_out else shape.padded_out)
+
+
+def _check(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, offset: Tensor | None = None) -> None:
+    """Every argument fits the others."""
+    if x.dtype not in _DTYPES:
+        _expect(False, "x", "float32, bfloat16 or float16", x.dtype)
+    codes, groups = _sizes(shape)
+    if x.ndim == 0 or x.shape[-1] != shape.in_features:
+        _expect(False, "x", f"of shape [..., {shape.in_features}]", list(x.shape))
+    _check_tensor(x, "codes", weight.codes, (torch.int16,), codes)
+    _check_tensor(x, "scale", weight.scale, _DTYPES, groups)
+    if weight.zero_point is not None:
+        _check_tensor(x, "zero_point", weight.zero_point, (torch.uint8,), groups)
+    if bias is not None:
+        _check_tensor(x, "bias", bias, (x.dtype,), (shape.out_features,))
+    if offset is not None:
+        _check_tensor(x, "x_offset", offset, (torch.float32,), (shape.in_features,))
+
+
+def _check_tensor(x: Tensor, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], size: tuple[int, ...]) -> None:
+    # The messages are made only when they are needed: at a token at a time all of this counts.
+    if tensor.dtype not in dtypes:
+        _expect(False, name, " or ".join(map(str, dtypes)), tensor.dtype)
+    if tensor.shape != size:
+        _expect(False, name, f"of shape {list(size)}", list(tensor.shape))
+    if tensor.device != x.device:
+        _expect(False, name, f"on {x.device} as `x` is", tensor.device)
+    if not tensor.is_contiguous():
+        _expect(False, name, "contiguous", f"strides {tensor.stride()}")
 
 
 def _rows(x: Tensor, shape: Shape) -> Tensor:
@@ -80,7 +93,8 @@ def _quantized_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, *sizes: Any
 ) -> Tensor:
     weight, shape, inputs = Weight(codes, scale, zero_point), Shape(*sizes[:5]), sizes[5:]
-    _check(x, weight, bias, shape, inputs[0], inputs[2])
+    _expect(2 <= inputs[0] <= 8, "x_bits", "2 to 8", inputs[0])
+    _check(x, weight, bias, shape, inputs[2])
     if x.numel() == 0:
         return reference.linear(x, weight, bias, shape)
     if has_kernels(x.device, scale.dtype):
@@ -89,10 +103,11 @@ def _quantized_linear(
     return reference.quantized_linear(x, weight, bias, shape, *inputs)
 
 
-def _fake(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+def _fake(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, *rest: Any
+) -> Tensor:
     shape = Shape(*rest[:5])
-    inputs = {"x_bits": rest[5], "x_offset": rest[7]} if len(rest) > 5 else {}
-    _check(x, Weight(codes, scale, zero_point), bias, shape, **inputs)
+    _check(x, Weight(codes, scale, zero_point), bias, shape, rest[7] if len(rest) > 5 else None)
     return x.new_empty(*x.shape[:-1], shape.out_features)
 
 
