@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from typing import Any
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def _generate(options: argparse.Namespace) -> None:
     from plquant.packed_model import load
 
     lm = load(options.folder, trust_remote_code=options.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -74,8 +75,8 @@ def _generate(options: argparse.Namespace) -> None:
     print(f"[prompt {prompt_rate:.1f} tokens/s{rate}]", file=sys.stderr)
 
 
-def _in_template(tokenizer: object, text: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
+def _in_template(tokenizer: Any, text: str) -> Any:
+    if not tokenizer.chat_template:
         raise ValueError("--chat needs a chat template, which this model does not have")
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # type: ignore[attr-defined,no-any-return]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -1,17 +1,17 @@
 """How the codes of a weight lie in memory at run time: packed to the bit, in the order in which vectors take them.
 
-A tile is 16 outputs, a unit 32 inputs. Each unit of a tile is ``bits`` vectors of 32 int16 lanes. Lane ``2 n + p`` holds
-codes of output ``n`` and of the inputs ``2 i + p``, i from 0 to 15; the bits of these 16 codes are cut into planes of 4,
-2 and 1 bits (3 bits are 2 + 1, 8 bits 4 + 4), lowest first, and a plane of w bits takes w vectors:
+A tile is 16 outputs, a unit 32 inputs. Each unit of a tile is ``bits`` vectors of 32 int16 lanes. Lane ``2 n + p``
+holds codes of output ``n`` and of the inputs ``2 i + p``, i from 0 to 15. The bits of these 16 codes are cut into
+planes of 4, 2 and 1 bits (3 bits are 2 + 1, 8 bits 4 + 4), lowest first, and a plane of w bits takes w vectors:
 
     plane    vector    bits of a lane                         pair of inputs i
     4        i // 4    4 (i % 4) and the 3 above              0 to 3 in the first vector, 4 to 7 in the second, ...
     2        i // 8    2 (i % 8) and the one above            0 to 7, 8 to 15
     1        0         i                                      0 to 15
 
-So a shift and a table turn a vector into the pairs of bf16 numbers that AVX512-BF16, AMX and their like multiply, with
-an output in every lane: a scale per output needs no sum across lanes. Groups are padded to whole units (along the input)
-or whole tiles (along the output).
+So a shift and a table turn a vector into the pairs of bf16 numbers that AVX512-BF16 and AMX multiply, with an output in
+every lane: a scale per output needs no sum across lanes. Groups are padded to whole units (along the input) or whole
+tiles (along the output).
 
 Letters: N outputs, K inputs, g group size, N' and K' with groups padded.
 """

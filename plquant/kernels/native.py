@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,9 +139,10 @@ def _library() -> ctypes.CDLL:
             built.replace(path)
     library = ctypes.CDLL(str(path))
     weight, pointer, wide, narrow = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.plquant_few_rows.argtypes = [
-        *[weight, pointer, narrow, narrow, wide, pointer, pointer, pointer, narrow],
-    ]
-    library.plquant_dequantize.argtypes = [weight, wide, wide, wide, pointer, narrow]
-    library.plquant_quantize_rows.argtypes = [pointer, narrow, wide, wide, narrow, narrow, pointer, pointer, pointer]
+    few: list[Any] = [weight, pointer, narrow, narrow, wide, pointer, pointer, pointer, narrow]
+    many: list[Any] = [weight, wide, wide, wide, pointer, narrow]
+    rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, pointer, pointer, pointer]
+    library.plquant_few_rows.argtypes = few
+    library.plquant_dequantize.argtypes = many
+    library.plquant_quantize_rows.argtypes = rows
     return library

@@ -21,8 +21,8 @@ class PackedLinear(nn.Module):
     """y = x W^T + b with W in integers.
 
     As it is made, its buffers are named and laid out as in the checkpoint, to be saved and loaded, and the weight is
-    unpacked in every forward. ``prepare_`` puts it into the order that kernels read instead; it is still saved under the
-    checkpoint's names.
+    unpacked in every forward. ``prepare_`` puts it into the order that kernels read instead; it is still saved under
+    the checkpoint's names.
 
     Args:
         weight: The quantized weight.
