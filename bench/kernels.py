@@ -54,7 +54,7 @@ def ours(n: int, k: int, bits: int, along_out: bool, x_bits: int | None, megabyt
 
 
 def baselines(n: int, k: int, megabytes: int) -> dict[str, Way]:
-    """torch's bf16 product, its 4-bit op, and bitsandbytes."""
+    """The bf16 product, its 4-bit op, and bitsandbytes."""
     import bitsandbytes as bnb
 
     dense = itertools.cycle(copies(torch.randn(n, k).bfloat16(), megabytes))
@@ -86,11 +86,13 @@ def measured(ways: dict[str, Way], x: Tensor, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure, print, append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="out_features, in_features")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 512], help="numbers of activations")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--megabytes", type=int, default=400, help="of copies of every weight")
+    parser.add_argument("--ours", action="store_true", help="leave out the low-bit baselines")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,9 +105,11 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         ways = baselines(n, k, options.megabytes)
+        if options.ours:
+            ways = {"bf16": ways["bf16"]}
         ways |= {name: ours(n, k, *rest, options.megabytes) for name, *rest in GRIDS}
         for m in options.rows:
-            found = measured(ways, torch.randn(m, k).bfloat16(), options.rounds if m < 128 else 3)
+            found = measured(ways, torch.randn(m, k).bfloat16(), options.rounds)
             for name, ms in found.items():
                 ratio = found["bf16"] / ms
                 print(f"M={m:<4} {name:22} {ms:9.3f} ms   {ratio:5.2f} x bf16", flush=True)
