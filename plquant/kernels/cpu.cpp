@@ -294,48 +294,64 @@ extern "C" void plquant_few_rows(const Weight* weight, const void* x, int32_t x_
 
 // ---- many rows -------------------------------------------------------------------------------------------------------
 
-template <int B>
-struct Spread {
-  // The I-th pair of inputs on: (code - zero_point) * scale to two rows of 16 outputs, at most n of the rows.
+// Where a unit of a tile goes, as numbers of dtype D; Whole: all of its 32 inputs and 16 outputs are there.
+template <int B, int D, bool Whole>
+struct Unit {
+  const Weight& w;
+  const __m512i* codes;
+  char* out;
+  int64_t row_bytes, at, inputs;
+  __mmask16 mask;
+
   template <int I>
-  static inline void pairs(const Weight& w, const __m512i* z, __m512 scale, __m512 zero, int64_t at, char* out,
-                           int64_t row_bytes, int dtype, int64_t n, __mmask16 mask) {
+  inline void put(__m512 scale, __m512 zero) const {
     if constexpr (I < 16) {
-      __m512i q = code<B, I>(z), low = _mm512_set1_epi32((1 << B) - 1);
+      __m512i q = code<B, I>(codes), low = _mm512_set1_epi32((1 << B) - 1);
       __m512i both[2] = {_mm512_and_si512(q, low), _mm512_and_si512(_mm512_srli_epi32(q, 16), low)};
-      for (int p = 0; p < 2 && 2 * I + p < n; p++) {
+      for (int p = 0; p < 2; p++) {
+        int k = 2 * I + p;
+        if (!Whole && k >= inputs) return;
         if (w.along_out) {
-          scale = _mm512_set1_ps(_mm512_cvtss_f32(load16(w.scale, at + 2 * I + p, w.scale_dtype, 1)));
-          zero = _mm512_set1_ps(w.zero_point ? w.zero_point[at + 2 * I + p] : 1 << (B - 1));
+          scale = _mm512_set1_ps(_mm512_cvtss_f32(load16(w.scale, at + k, w.scale_dtype, 1)));
+          zero = _mm512_set1_ps(w.zero_point ? w.zero_point[at + k] : 1 << (B - 1));
         }
         __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(both[p]), zero), scale);
-        store16(out + (2 * I + p) * row_bytes, 0, dtype, v, mask);
+        if constexpr (!Whole) store16(out + k * row_bytes, 0, D, v, mask);
+        else if constexpr (D == F32) _mm512_storeu_ps(out + k * row_bytes, v);
+        else _mm256_storeu_si256((__m256i*)(out + k * row_bytes), to_bf16(v));
       }
-      pairs<I + 1>(w, z, scale, zero, at, out, row_bytes, dtype, n, mask);
-    }
-  }
-
-  static void tile(const Weight& w, const Shape& s, int64_t tile, int64_t column, int64_t columns, void* out,
-                   int dtype) {
-    int64_t size = dtype == F32 ? 4 : 2, group = w.along_out ? tile * 16 / s.padded_size : 0;
-    int64_t groups = w.along_out ? 1 : s.groups, units = s.units / groups;
-    int64_t width = w.along_out ? w.in_features : s.size;
-    __mmask16 mask = lanes(s.valid(w, tile));
-    const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
-    for (int64_t g = 0; g < groups; g++) {
-      int64_t at = g * s.tiles * 16 + tile * 16;
-      __m512 scale = _mm512_setzero_ps(), zero = scale;
-      if (!w.along_out) scale = load16(w.scale, at, w.scale_dtype), zero = zero_points(w, at);
-      for (int64_t u = 0; u < units; u++) {
-        char* first = (char*)out + ((g * width + u * 32) * columns + column) * size;
-        pairs<0>(w, codes + (g * units + u) * B, scale, zero, group * s.padded_k + u * 32, first, columns * size, dtype,
-                 width - u * 32, mask);
-      }
+      put<I + 1>(scale, zero);
     }
   }
 };
 
-// Tiles from `begin` to `end` of the weight, transposed: out [K, columns], columns the outputs of these tiles.
+template <int B, int D>
+static void spread(const Weight& w, const Shape& s, int64_t tile, int64_t column, int64_t columns, char* out) {
+  int64_t size = D == F32 ? 4 : 2, group = w.along_out ? tile * 16 / s.padded_size : 0;
+  int64_t groups = w.along_out ? 1 : s.groups, units = s.units / groups, width = w.along_out ? w.in_features : s.size;
+  __mmask16 mask = lanes(s.valid(w, tile));
+  const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
+  for (int64_t g = 0; g < groups; g++) {
+    __m512 scale = _mm512_setzero_ps(), zero = scale;
+    int64_t at = g * s.tiles * 16 + tile * 16;
+    if (!w.along_out) scale = load16(w.scale, at, w.scale_dtype), zero = zero_points(w, at);
+    for (int64_t u = 0; u < units; u++) {
+      char* first = out + ((g * width + u * 32) * columns + column) * size;
+      const __m512i* z = codes + (g * units + u) * B;
+      int64_t place = group * s.padded_k + u * 32, inputs = width - u * 32;
+      if (mask == 0xffff && inputs >= 32) Unit<B, D, true>{w, z, first, columns * size, place, inputs, mask}.template put<0>(scale, zero);
+      else Unit<B, D, false>{w, z, first, columns * size, place, inputs, mask}.template put<0>(scale, zero);
+    }
+  }
+}
+
+template <int B>
+static void spread(const Weight& w, const Shape& s, int64_t tile, int64_t column, int64_t columns, void* out, int dtype) {
+  if (dtype == F32) spread<B, F32>(w, s, tile, column, columns, (char*)out);
+  else spread<B, BF16>(w, s, tile, column, columns, (char*)out);
+}
+
+// Tiles from `begin` to `end` of the weight, transposed, fp32 or bf16: out [K, columns], columns the outputs of these tiles.
 extern "C" void plquant_dequantize(const Weight* weight, int64_t begin, int64_t end, int64_t columns, void* out,
                                    int32_t dtype) {
   const Weight& w = *weight;
@@ -344,13 +360,13 @@ extern "C" void plquant_dequantize(const Weight* weight, int64_t begin, int64_t 
   for (int64_t tile = begin; tile < end; tile++) {
     int64_t column = s.first(w, tile) - s.first(w, begin);
     switch (w.bits) {
-      case 2: Spread<2>::tile(w, s, tile, column, columns, out, dtype); break;
-      case 3: Spread<3>::tile(w, s, tile, column, columns, out, dtype); break;
-      case 4: Spread<4>::tile(w, s, tile, column, columns, out, dtype); break;
-      case 5: Spread<5>::tile(w, s, tile, column, columns, out, dtype); break;
-      case 6: Spread<6>::tile(w, s, tile, column, columns, out, dtype); break;
-      case 7: Spread<7>::tile(w, s, tile, column, columns, out, dtype); break;
-      default: Spread<8>::tile(w, s, tile, column, columns, out, dtype);
+      case 2: spread<2>(w, s, tile, column, columns, out, dtype); break;
+      case 3: spread<3>(w, s, tile, column, columns, out, dtype); break;
+      case 4: spread<4>(w, s, tile, column, columns, out, dtype); break;
+      case 5: spread<5>(w, s, tile, column, columns, out, dtype); break;
+      case 6: spread<6>(w, s, tile, column, columns, out, dtype); break;
+      case 7: spread<7>(w, s, tile, column, columns, out, dtype); break;
+      default: spread<8>(w, s, tile, column, columns, out, dtype);
     }
   }
 }

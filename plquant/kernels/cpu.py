@@ -1,6 +1,6 @@
 """Which CPU kernel takes which product.
 
-A few rows are multiplied as the codes are read. With more the weight is dequantized, some tiles at a time so that they
+A few rows are multiplied as the codes are read, in one pass. With more the weight is dequantized, some tiles at a time so that they
 stay in the cache, and multiplied by torch. fp16 activations are then multiplied in fp32: torch has no quick product of
 them on a CPU.
 """
@@ -13,18 +13,15 @@ from torch import Tensor
 from plquant.kernels import native
 from plquant.kernels.layout import TILE, Shape, Weight
 
-SCRATCH_BYTES = 1 << 20  # half of a second-level cache
-MOST_PASSES = 2  # of few_rows, before dequantizing is quicker
+SCRATCH_BYTES = 1 << 21  # about a second-level cache
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape) -> Tensor:
     """``x W^T + bias``; ``x`` [M, K] contiguous."""
     # Folding the scale into an activation leaves more bits than bf16 has; two parts hold all of them.
     parts = max(native.PARTS[x.dtype], 2 if shape.along_out else 1)
-    if len(x) * parts <= MOST_PASSES * native.MOST_ROWS:
-        step = native.MOST_ROWS // parts
-        pieces = [native.few_rows(rows, weight, shape, bias, x.dtype, parts) for rows in x.split(step)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if len(x) * parts <= native.MOST_ROWS:
+        return native.few_rows(x, weight, shape, bias, x.dtype, parts)
     if x.dtype == torch.float16:
         return _many_rows(x.float(), weight, None if bias is None else bias.float(), shape).to(x.dtype)
     return _many_rows(x, weight, bias, shape)
@@ -36,13 +33,8 @@ def quantized_linear(
     """``linear`` of the activations quantized row by row; their steps are integers below 256, exact in bf16."""
     steps, scale = native.quantize_rows(x, bits, symmetric, offset)
     parts = 3 if shape.along_out else 1
-    if len(x) * parts <= MOST_PASSES * native.MOST_ROWS:
-        rows = native.MOST_ROWS // parts
-        pieces = [
-            native.few_rows(some, weight, shape, bias, x.dtype, parts, scales)
-            for some, scales in zip(steps.split(rows), scale.split(rows), strict=True)
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if len(x) * parts <= native.MOST_ROWS:
+        return native.few_rows(steps, weight, shape, bias, x.dtype, parts, scale)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     out = _many_rows(steps.to(dtype), weight, None, shape).mul_(scale[:, None])
     return (out if bias is None else out.add_(bias)).to(x.dtype)
