@@ -62,7 +62,7 @@ def test_products_are_those_of_the_reference(
     bits: int, along_out: bool, size: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     weight, shape, _ = made(bits, along_out, size, dtype, symmetric)
-    for m in (1, 3, 16, 40):  # the last dequantizes, and rounds weights to the dtype
+    for m in (1, 3, 8, 40):  # the last dequantizes, and rounds weights to the dtype
         x, bias = activations(m, dtype)
         expected = x.double() @ exact(weight, shape).t() + bias.double()
         assert error(ops.linear(x, *weight, bias, *shape), expected) < BOUND[dtype] * (2 if m == 40 else 1)
