@@ -1,8 +1,8 @@
 """Which CPU kernel takes which product.
 
-A few rows are multiplied as the codes are read, in one pass. With more the weight is dequantized, some tiles at a time
-so that they stay in the cache, and multiplied by torch. fp16 activations are then multiplied in fp32: torch has no quick
-product of them on a CPU.
+A few rows are multiplied as the codes are read, in one pass. With more the weight is dequantized, some tiles at a
+time so that they stay in the cache, and multiplied by torch. fp16 activations are then multiplied in fp32: torch has no
+quick product of them on a CPU.
 """
 
 from __future__ import annotations
