@@ -27,7 +27,7 @@ from plquant.kernels import ops
 from plquant.kernels.layout import Shape, lay_out
 
 Way = Callable[[Tensor], Tensor]
-GRIDS = [  # name, bits, groups along the output, bits of the activations
+GRIDS: list[tuple[str, int, bool, int | None]] = [  # name, bits, groups along the output, bits of the activations
     *[("W2 g128", 2, False, None), ("W3 g128", 3, False, None), ("W4 g128", 4, False, None)],
     *[("W4 g128 along out", 4, True, None), ("W6 g128", 6, False, None), ("W8 g128", 8, False, None)],
     *[("W4A4", 4, False, 4), ("W8A8", 8, False, 8)],
@@ -107,7 +107,7 @@ def main() -> None:
         ways = baselines(n, k, options.megabytes)
         if options.ours:
             ways = {"bf16": ways["bf16"]}
-        ways |= {name: ours(n, k, *rest, options.megabytes) for name, *rest in GRIDS}
+        ways |= {name: ours(n, k, bits, out, x, options.megabytes) for name, bits, out, x in GRIDS}
         for m in options.rows:
             found = measured(ways, torch.randn(m, k).bfloat16(), options.rounds)
             for name, ms in found.items():
