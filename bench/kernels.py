@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plquant.kernels import ops
-from plquant.kernels.layout import Shape, lay_out
+from plquant.kernels.cpu_layout import Shape, lay_out
 
 Way = Callable[[Tensor], Tensor]
 GRIDS: list[tuple[str, int, bool, int | None]] = [  # name, bits, groups along the output, bits of the activations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plquant.kernels import native
-from plquant.kernels.layout import TILE, Shape, Weight
+from plquant.kernels.cpu_layout import TILE, Shape, Weight
 
 SCRATCH_BYTES = 1 << 21  # about a second-level cache
 

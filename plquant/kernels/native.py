@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plquant.kernels.layout import Shape, Weight
+from plquant.kernels.cpu_layout import Shape, Weight
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = [

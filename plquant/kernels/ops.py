@@ -1,6 +1,6 @@
 """The ops ``torch.ops.plquant.*``: schemas, checks, shapes for the compiler, and the choice of a kernel by device.
 
-Both take activations [..., K] of fp32, bf16 or fp16, and a weight as ``layout.lay_out`` makes it.
+Both take activations [..., K] of fp32, bf16 or fp16, and a weight as ``cpu_layout.lay_out`` makes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plquant.kernels import cpu, native, reference
-from plquant.kernels.layout import TILE, UNIT, Shape, Weight
+from plquant.kernels.cpu_layout import TILE, UNIT, Shape, Weight
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias"
 _SHAPE = "int out_features, int in_features, int bits, int group_size, bool along_out"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plquant.kernels.layout import Shape, Weight, codes_of, per_group_of
+from plquant.kernels.cpu_layout import Shape, Weight, codes_of, per_group_of
 
 
 def dequantize(weight: Weight, shape: Shape) -> Tensor:

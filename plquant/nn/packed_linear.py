@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from plquant.formats.packing import pack, unpack
 from plquant.kernels import ops
-from plquant.kernels.layout import Shape, Weight, codes_of, lay_out, per_group_of
+from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.quant.affine import QTensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plquant.kernels import native, ops, reference
-from plquant.kernels.layout import Shape, Weight, codes_of, lay_out, per_group_of
+from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
 
 N, K = 96, 192
 # Of the norm of the result, which is rounded once: by 2^-8 in bf16 and 2^-11 in fp16 at most, by less on average.
