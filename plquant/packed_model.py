@@ -21,6 +21,7 @@ from plquant.formats.quantization_config import (
     online_of,
     quantization_config,
 )
+from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.packed_structure import PackedStructure
 from plquant.quant.grid import ActivationGrid
 
@@ -66,6 +67,10 @@ class PackedQuantizer(HfQuantizer):
         config.structure().build_(model, set(config.tensors))
         return model
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        prepare_linears_(model)
+        return model
+
     def is_serializable(self) -> bool:
         """The folder it came from is the serialized form."""
         return False
@@ -74,6 +79,13 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes are fixed."""
         return False
+
+
+def prepare_linears_(lm: nn.Module) -> None:
+    """Lay all packed linears out for the kernels of their devices."""
+    for module in lm.modules():
+        if isinstance(module, PackedLinear):
+            module.prepare_()
 
 
 def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ BELOW = {
     "kernels": [],
     "transforms": ["quant"],
     "formats": ["files", "quant"],
-    "nn": ["quant", "transforms", "formats"],
+    "nn": ["quant", "transforms", "formats", "kernels"],
     "architectures": [],
     "blocks": ["evaluating", "quant", "transforms", "nn", "architectures"],
     "parts": ["quant", "transforms", "nn", "blocks"],

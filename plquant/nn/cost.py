@@ -40,7 +40,7 @@ class Cost:
         offsets = [m.inputs.offset for m in packed.values() if m.inputs is not None and m.inputs.offset is not None]
         other = sum(op.stored_bits for op in ops) + sum(8 * offset.nbytes for offset in offsets)
         shapes = {name: (m.out_features, m.in_features) for name, m in packed.items()}
-        dtype = next(iter(packed.values())).weight_scale.dtype
+        dtype = next(iter(packed.values())).scale_dtype
         return cls(
             effective_bits(shapes, {name: m.grid for name, m in packed.items()}, dtype, other),
             sum(out * width for out, width in shapes.values()),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plquant.formats.packing import pack, unpack
+from plquant.kernels import ops
+from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.quant.affine import QTensor
@@ -14,9 +18,11 @@ from plquant.quant.grid import IntGrid
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with W in integers; buffers are named and laid out as in the checkpoint.
+    """y = x W^T + b with W in integers.
 
-    The weight is unpacked in every forward, then multiplied: right on any device, and no faster than the original.
+    As it is made, its buffers are named and laid out as in the checkpoint, to be saved and loaded, and the weight is
+    unpacked in every forward. ``prepare_`` puts it into the order that kernels read instead; it is still saved under
+    the checkpoint's names.
 
     Args:
         weight: The quantized weight.
@@ -32,6 +38,9 @@ class PackedLinear(nn.Module):
     weight_shape: Tensor
     weight_zero_point: Tensor
     bias: Tensor | None
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
 
     def __init__(self, weight: QTensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -40,6 +49,7 @@ class PackedLinear(nn.Module):
         for name, tensor in pack(weight).items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
+        self.prepared: Shape | None = None
         self.online: nn.Module | None = None
         self.inputs: ActivationQuantizer | None = None
 
@@ -57,17 +67,56 @@ class PackedLinear(nn.Module):
         bias = None if linear.bias is None else torch.empty_like(linear.bias)
         return cls(QTensor(codes, scale, zero_point, grid), bias)
 
+    @torch.no_grad()
+    def prepare_(self) -> None:
+        """Lay the weight out for the kernels of its device; nothing is done where there are none for it."""
+        scale = self.weight_scale
+        if not ops.has_kernels(scale.device, scale.dtype):
+            return
+        weight, middle = self.quantized(), 1 << (self.grid.bits - 1)
+        along_out, size = self.grid.axis == "out", self.grid.size(self.grid.grouped_width(weight.codes.shape))
+        self.prepared = Shape(self.out_features, self.in_features, self.grid.bits, size, along_out)
+        codes = weight.codes.view(torch.uint8) + middle if self.grid.symmetric else weight.codes
+        for name in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"):
+            self._buffers.pop(name, None)
+        for name, tensor in lay_out(codes, scale, weight.zero_point, self.prepared)._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
     def quantized(self) -> QTensor:
         """The codes, scale and zero-point, unpacked."""
+        if self.prepared is not None:
+            codes, scale = codes_of(self._weight(), self.prepared), per_group_of(self.scale, self.prepared)
+            if self.zero_point is None:
+                return QTensor((codes - (1 << (self.grid.bits - 1))).view(torch.int8), scale, None, self.grid)
+            return QTensor(codes, scale, per_group_of(self.zero_point, self.prepared), self.grid)
         tensors = {name: tensor for name, tensor in self.named_buffers(recurse=False) if name != "bias"}
         return unpack(tensors, torch.Size((self.out_features, self.in_features)), self.grid)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Dtype of the stored scale."""
+        return self.weight_scale.dtype if self.prepared is None else self.scale.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         x = x if self.online is None else self.online(x)
-        x = x if self.inputs is None else self.inputs(x)
-        weight = self.quantized().dequantize()
-        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.prepared is None:
+            x = x if self.inputs is None else self.inputs(x)
+            return F.linear(x, self.quantized().dequantize().to(x.dtype), bias)
+        weight, shape = (*self._weight(), bias), self.prepared
+        if self.inputs is None:
+            return ops.linear(x, *weight, *shape)
+        inputs = self.inputs
+        return ops.quantized_linear(x, *weight, *shape, inputs.bits, inputs.symmetric, inputs.offset)
+
+    def _weight(self) -> Weight:
+        return Weight(self.codes, self.scale, self.zero_point)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepared is not None:
+            destination.update({prefix + name: tensor for name, tensor in pack(self.quantized()).items()})
 
     def extra_repr(self) -> str:
         """Shape and grid, for ``print(model)``."""

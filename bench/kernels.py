@@ -1,0 +1,129 @@
+"""What a packed product costs on this machine's CPU, beside torch's bf16 product and its own low-bit ops.
+
+    python bench/kernels.py --shape 4096 4096 --rows 1 512 --csv bench/results/kernels_cpu.csv
+
+One process, one thread, the ways in turn, CPU time, medians. Copies of every weight go round, so that they come from
+memory and not from a cache. A table for people, the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plquant.kernels import ops
+from plquant.kernels.cpu_layout import Shape, lay_out
+
+Way = Callable[[Tensor], Tensor]
+GRIDS: list[tuple[str, int, bool, int | None]] = [  # name, bits, groups along the output, bits of the activations
+    *[("W2 g128", 2, False, None), ("W3 g128", 3, False, None), ("W4 g128", 4, False, None)],
+    *[("W4 g128 along out", 4, True, None), ("W6 g128", 6, False, None), ("W8 g128", 8, False, None)],
+    *[("W4A4", 4, False, 4), ("W8A8", 8, False, 8)],
+]
+
+
+def copies(tensor: Tensor, megabytes: int) -> list[Tensor]:
+    """As many as take so much memory, at least two."""
+    return [tensor.clone() for _ in range(max(2, megabytes * 2**20 // tensor.nbytes))]
+
+
+def ours(n: int, k: int, bits: int, along_out: bool, x_bits: int | None, megabytes: int) -> Way:
+    """A product of ours with a random weight; per channel where activations are quantized."""
+    shape = Shape(n, k, bits, k if x_bits else 128, along_out)
+    groups = (shape.groups, k) if along_out else (n, shape.groups)
+    codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
+    zero_point = torch.randint(0, 1 << bits, groups, dtype=torch.uint8)
+    weight = lay_out(codes, torch.rand(groups).bfloat16(), zero_point, shape)
+    rest = (*weight[1:], None, *shape)
+    turn = itertools.cycle(copies(weight.codes, megabytes))
+    if x_bits is None:
+        return lambda x: ops.linear(x, next(turn), *rest)
+    return lambda x: ops.quantized_linear(x, next(turn), *rest, x_bits, False, None)
+
+
+def baselines(n: int, k: int, megabytes: int) -> dict[str, Way]:
+    """The bf16 product, its 4-bit op, and bitsandbytes."""
+    import bitsandbytes as bnb
+
+    dense = itertools.cycle(copies(torch.randn(n, k).bfloat16(), megabytes))
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 2)
+    four = itertools.cycle(copies(packed, megabytes))
+    scales = torch.rand(k // 128, n, 2).bfloat16()
+    layers = []
+    for _ in range(max(2, megabytes * 2**20 // (n * k // 2))):
+        layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layers.append(layer.to("cpu").to(torch.bfloat16).eval())
+    nf4 = itertools.cycle(layers)
+    return {
+        "bf16": lambda x: F.linear(x, next(dense)),
+        "torch int4pack g128": lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, next(four), 128, scales),
+        "bitsandbytes NF4": lambda x: next(nf4)(x),
+    }
+
+
+def measured(ways: dict[str, Way], x: Tensor, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.thread_time()
+            way(x)
+            if turn:
+                times[name].append(1e3 * (time.thread_time() - start))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def main() -> None:
+    """Measure, print, append."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="out_features, in_features")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 512], help="numbers of activations")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--megabytes", type=int, default=400, help="of copies of every weight")
+    parser.add_argument("--ours", action="store_true", help="leave out the low-bit baselines")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    n, k = options.shape
+    cpu = next(
+        (s.split(":")[1].strip() for s in open("/proc/cpuinfo") if s.startswith("model name")), platform.machine()
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    rows = []
+    with torch.inference_mode():
+        ways = baselines(n, k, options.megabytes)
+        if options.ours:
+            ways = {"bf16": ways["bf16"]}
+        ways |= {name: ours(n, k, bits, out, x, options.megabytes) for name, bits, out, x in GRIDS}
+        for m in options.rows:
+            found = measured(ways, torch.randn(m, k).bfloat16(), options.rounds)
+            for name, ms in found.items():
+                ratio = found["bf16"] / ms
+                print(f"M={m:<4} {name:22} {ms:9.3f} ms   {ratio:5.2f} x bf16", flush=True)
+                rows.append({"rows": m, "way": name, "ms": round(ms, 4), "times_bf16": round(ratio, 3)})
+    where = {"shape": f"{n}x{k}", "cpu": cpu, "torch": torch.__version__, "commit": commit}
+    if options.csv:
+        new = not options.csv.exists()
+        with options.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [*where, *rows[0]])
+            if new:
+                writer.writeheader()
+            writer.writerows(where | row for row in rows)
+    print(json.dumps(where | {"results": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+// Products with weights of 2 to 8 bits on a CPU with AVX512-BF16; layout.py says how the codes lie.
+//
+// A code is an integer below 257, which bf16 holds exactly, and so does fp32 the product with a bf16 activation. fp16
+// and fp32 activations are split into 2 and 3 bf16 numbers whose sum they are, so that nothing but the order of fp32
+// additions depends on the dtype. Scale and zero-point are applied to the sums of a group:
+//
+//     y[n] = sum_g scale[g, n] (sum_k x[k] code[n, k] - zero_point[g, n] sum_k x[k])         groups along the input
+//     y[n] = sum_k (x[k] scale[g(n), k]) code[n, k] - sum_k (x[k] scale[g(n), k]) zero_point[g(n), k]       the output
+//
+// Letters: N outputs, K inputs, 16 outputs are a tile, 32 inputs a unit, P parts of an activation, R = M P rows.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
+
+// The same struct in native.py.
+struct Weight {
+  const int16_t* codes;       // [tiles, units, bits, 32]
+  const void* scale;          // [groups, padded N] or [groups, padded K]
+  const uint8_t* zero_point;  // as scale; null: 2^(bits - 1)
+  int64_t out_features, in_features, group_size;
+  int32_t bits, along_out, scale_dtype, threads;
+};
+
+static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Where things lie once groups are padded to whole tiles or units.
+struct Shape {
+  int64_t groups, size, padded_size, tiles, units, padded_k;
+  explicit Shape(const Weight& w) {
+    size = w.group_size;
+    groups = (w.along_out ? w.out_features : w.in_features) / size;
+    padded_size = round_up(size, w.along_out ? 16 : 32);
+    tiles = w.along_out ? groups * padded_size / 16 : round_up(w.out_features, 16) / 16;
+    padded_k = w.along_out ? round_up(w.in_features, 32) : groups * padded_size;
+    units = padded_k / 32;
+  }
+  // First output of a tile and how many of its 16 are outputs.
+  int64_t first(const Weight& w, int64_t tile) const {
+    if (!w.along_out) return tile * 16;
+    int64_t per_group = padded_size / 16;
+    return tile / per_group * size + tile % per_group * 16;
+  }
+  int64_t valid(const Weight& w, int64_t tile) const {
+    int64_t left = w.along_out ? size - tile % (padded_size / 16) * 16 : w.out_features - tile * 16;
+    return std::min<int64_t>(16, left);
+  }
+};
+
+static inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
+
+static inline __m512 load16(const void* p, int64_t i, int dtype, __mmask16 mask = 0xffff) {
+  if (dtype == F32) return _mm512_maskz_loadu_ps(mask, (const float*)p + i);
+  __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)p + i);
+  if (dtype == F16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+static inline __m256i to_bf16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+
+static inline void store16(void* p, int64_t i, int dtype, __m512 v, __mmask16 mask = 0xffff) {
+  if (dtype == F32) return _mm512_mask_storeu_ps((float*)p + i, mask, v);
+  __m256i half = dtype == BF16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_mask_storeu_epi16((uint16_t*)p + i, mask, half);
+}
+
+static inline __m512 zero_points(const Weight& w, int64_t i) {
+  if (!w.zero_point) return _mm512_set1_ps((float)(1 << (w.bits - 1)));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.zero_point + i))));
+}
+
+// What a code of 6 or 7 bits is multiplied as, less the code: see Step.
+static inline __m512 raised(const Weight& w, __m512 zero_point) {
+  return w.bits == 6 || w.bits == 7 ? _mm512_add_ps(zero_point, _mm512_set1_ps(128)) : zero_point;
+}
+
+// ---- codes -----------------------------------------------------------------------------------------------------------
+
+template <int S>
+static inline __m512i shift16(__m512i v) {
+  if constexpr (S >= 0) return _mm512_srli_epi16(v, S);
+  return _mm512_slli_epi16(v, -S);
+}
+
+// Codes of the I-th pair of inputs in a unit, in the low bits of 16-bit lanes; what is above them is arbitrary.
+template <int B, int I>
+static inline __m512i code(const __m512i* z) {
+  constexpr int fours = B == 8 ? 8 : B >= 4 ? 4 : 0, twos = (B & 2) && B != 8 ? 2 : 0;
+  __m512i q = B >= 4 ? shift16<4 * (I % 4)>(_mm512_loadu_si512(z + I / 4)) : _mm512_setzero_si512();
+  if constexpr (twos && !fours) q = shift16<2 * (I % 8)>(_mm512_loadu_si512(z + I / 8));
+  if constexpr (twos && fours) {
+    __m512i t = shift16<2 * (I % 8) - 4>(_mm512_loadu_si512(z + fours + I / 8));
+    q = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), t, q, 0xca);
+  }
+  if constexpr (B == 8) {
+    __m512i t = shift16<4 * (I % 4) - 4>(_mm512_loadu_si512(z + 4 + I / 4));
+    q = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0xf0), t, q, 0xca);
+  } else if constexpr (B & 1) {
+    __m512i t = shift16<I - (B - 1)>(_mm512_loadu_si512(z + fours + twos));
+    q = _mm512_ternarylogic_epi32(_mm512_set1_epi16(1 << (B - 1)), t, q, 0xca);
+  }
+  return q;
+}
+
+template <int B>
+static __m512i make_table(int factor) {
+  alignas(64) uint16_t table[32];
+  for (int i = 0; i < 32; i++) {
+    float value = (float)(i & ((1 << std::min(B, 5)) - 1)) * factor;
+    uint32_t word;
+    __builtin_memcpy(&word, &value, 4);
+    table[i] = word >> 16;
+  }
+  return _mm512_load_si512(table);
+}
+
+// ---- few rows --------------------------------------------------------------------------------------------------------
+
+// Activations as bf16 rows: rows [sets, R, padded K], sums [sets, R, groups]; a set for each group of outputs.
+struct Rows {
+  int64_t count, sets, groups;
+  std::vector<uint16_t> values;
+  std::vector<float> sums;
+};
+
+static void split(const Weight& w, const Shape& s, const void* x, int dtype, int64_t m, int parts, Rows& rows) {
+  int64_t pieces = w.along_out ? 1 : s.groups, size = w.along_out ? w.in_features : s.size;
+  int64_t padded = w.along_out ? s.padded_k : s.padded_size;
+#pragma omp parallel for num_threads(w.threads) if (rows.sets > 1 && w.threads > 1)
+  for (int64_t set = 0; set < rows.sets; set++)
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t g = 0; g < pieces; g++) {
+        __m512 sums[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t k = 0; k < size; k += 16) {
+          __mmask16 mask = lanes(size - k);
+          __m512 v = load16(x, i * w.in_features + g * size + k, dtype, mask);
+          __m512 z = _mm512_set1_ps(1);
+          if (w.along_out) {
+            v = _mm512_mul_ps(v, load16(w.scale, set * s.padded_k + k, w.scale_dtype));
+            z = raised(w, zero_points(w, set * s.padded_k + k));
+          }
+          for (int p = 0; p < parts; p++) {
+            __m256i half = to_bf16(v);
+            int64_t row = set * rows.count + i * parts + p;
+            _mm256_storeu_si256((__m256i*)&rows.values[row * s.padded_k + g * padded + k], half);
+            __m512 rounded = load16(&half, 0, BF16);
+            sums[p] = _mm512_fmadd_ps(rounded, z, sums[p]);
+            v = _mm512_sub_ps(v, rounded);
+          }
+        }
+        for (int p = 0; p < parts; p++)
+          rows.sums[(set * rows.count + i * parts + p) * pieces + g] = _mm512_reduce_add_ps(sums[p]);
+      }
+}
+
+template <int B, int R, int E>
+struct Step {
+  __m512i table, high;
+  template <int I>
+  inline void one(const __m512i* z, const uint16_t* x, int64_t stride, __m512 (&acc)[R][E]) const {
+    if constexpr (I < 16) {
+      __m512i q = code<B, I>(z), w;
+      if constexpr (B <= 5) w = _mm512_permutexvar_epi16(q, table);
+      else if constexpr (B <= 7)  // 128 + code, as a bit pattern
+        w = _mm512_ternarylogic_epi32(q, _mm512_set1_epi16((1 << B) - 1), _mm512_set1_epi16(0x4300), 0xea);
+      else w = _mm512_permutexvar_epi16(_mm512_and_si512(q, _mm512_set1_epi16(15)), table);
+      for (int r = 0; r < R; r++) {
+        __m512i pair = _mm512_set1_epi32(*(const int32_t*)(x + r * stride + 2 * I));
+        acc[r][I % E] = _mm512_dpbf16_ps(acc[r][I % E], (__m512bh)w, (__m512bh)pair);
+      }
+      if constexpr (B == 8) {
+        w = _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi16(q, 4), _mm512_set1_epi16(15)), high);
+        for (int r = 0; r < R; r++) {
+          __m512i pair = _mm512_set1_epi32(*(const int32_t*)(x + r * stride + 2 * I));
+          acc[r][I % E] = _mm512_dpbf16_ps(acc[r][I % E], (__m512bh)w, (__m512bh)pair);
+        }
+      }
+      one<I + 1>(z, x, stride, acc);
+    }
+  }
+};
+
+struct Output {
+  void* y;
+  const void* bias;
+  const float* row_scale;
+  int dtype;
+  int64_t m;
+  int parts;
+};
+
+// T tiles from the given one on, R rows.
+template <int B, int R, int T>
+static void some_tiles(const Weight& w, const Shape& s, const Rows& rows, const Output& out, int64_t tile) {
+  constexpr int E = R == 1 ? 2 : 1;
+  Step<B, R, E> step{make_table<B == 8 ? 4 : B>(1), make_table<4>(16)};
+  int64_t set = w.along_out ? tile * 16 / s.padded_size : 0, groups = w.along_out ? 1 : s.groups;
+  int64_t units = s.units / groups, padded_n = s.tiles * 16;
+  const uint16_t* x = rows.values.data() + set * rows.count * s.padded_k;
+  const float* sums = rows.sums.data() + set * rows.count * groups;
+  const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
+  __m512 total[T][R];
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; g++) {
+    __m512 acc[T][R][E];
+    for (int t = 0; t < T; t++)
+      for (int r = 0; r < R; r++)
+        for (int e = 0; e < E; e++) acc[t][r][e] = _mm512_setzero_ps();
+    for (int64_t u = g * units; u < (g + 1) * units; u++)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) {
+        const __m512i* z = codes + (t * s.units + u) * B;
+        for (int b = 0; b < B; b++) _mm_prefetch((const char*)(z + b) + 2048, _MM_HINT_T0);
+        step.template one<0>(z, x + u * 32, s.padded_k, acc[t]);
+      }
+    for (int t = 0; t < T; t++) {
+      int64_t at = g * padded_n + (tile + t) * 16;
+      __m512 scale = w.along_out ? _mm512_set1_ps(1) : load16(w.scale, at, w.scale_dtype);
+      __m512 zero = w.along_out ? _mm512_set1_ps(1) : raised(w, zero_points(w, at));
+      for (int r = 0; r < R; r++) {
+        __m512 a = E == 2 ? _mm512_add_ps(acc[t][r][0], acc[t][r][E - 1]) : acc[t][r][0];
+        a = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[r * groups + g]), a);
+        total[t][r] = _mm512_fmadd_ps(scale, a, total[t][r]);
+      }
+    }
+  }
+  for (int t = 0; t < T; t++) {
+    int64_t first = s.first(w, tile + t);
+    __mmask16 mask = lanes(s.valid(w, tile + t));
+    __m512 bias = out.bias ? load16(out.bias, first, out.dtype, mask) : _mm512_setzero_ps();
+    for (int64_t m = 0; m < out.m; m++) {
+      __m512 v = _mm512_setzero_ps();
+      for (int p = 0; p < out.parts; p++) v = _mm512_add_ps(v, total[t][m * out.parts + p]);
+      if (out.row_scale) v = _mm512_mul_ps(v, _mm512_set1_ps(out.row_scale[m]));
+      store16(out.y, m * w.out_features + first, out.dtype, _mm512_add_ps(v, bias), mask);
+    }
+  }
+}
+
+template <int B, int R>
+static void all_tiles(const Weight& w, const Shape& s, const Rows& rows, const Output& out) {
+  constexpr int T = R >= 16 ? 1 : R >= 8 ? 2 : 4;
+  int64_t run = s.tiles / rows.sets, per_run = (run + T - 1) / T;
+#pragma omp parallel for num_threads(w.threads) if (w.threads > 1)
+  for (int64_t i = 0; i < rows.sets * per_run; i++) {
+    int64_t tile = i / per_run * run + i % per_run * T, end = std::min(tile + T, (i / per_run + 1) * run);
+    if (tile + T == end) some_tiles<B, R, T>(w, s, rows, out, tile);
+    else for (; tile < end; tile++) some_tiles<B, R, 1>(w, s, rows, out, tile);
+  }
+}
+
+template <int B>
+static void all_rows(const Weight& w, const Shape& s, const Rows& rows, const Output& out) {
+  switch (rows.count) {
+    case 1: return all_tiles<B, 1>(w, s, rows, out);
+    case 2: return all_tiles<B, 2>(w, s, rows, out);
+    case 4: return all_tiles<B, 4>(w, s, rows, out);
+    case 8: return all_tiles<B, 8>(w, s, rows, out);
+    default: return all_tiles<B, 16>(w, s, rows, out);
+  }
+}
+
+// y [M, N] = x [M, K] W^T row_scale + bias, x, y and bias of one dtype unless x holds integers (x_dtype 0, 1 part);
+// at most 16 rows.
+extern "C" void plquant_few_rows(const Weight* weight, const void* x, int32_t x_dtype, int32_t parts, int64_t m,
+                                 const float* row_scale, const void* bias, void* y, int32_t y_dtype) {
+  const Weight& w = *weight;
+  Shape s(w);
+  static thread_local Rows rows;
+  rows.count = 1;
+  while (rows.count < m * parts) rows.count *= 2;
+  rows.sets = w.along_out ? s.groups : 1;
+  rows.groups = w.along_out ? 1 : s.groups;
+  rows.values.assign(rows.sets * rows.count * s.padded_k, 0);
+  rows.sums.assign(rows.sets * rows.count * rows.groups, 0);
+  split(w, s, x, x_dtype, m, parts, rows);
+  Output out{y, bias, row_scale, y_dtype, m, parts};
+  switch (w.bits) {
+    case 2: return all_rows<2>(w, s, rows, out);
+    case 3: return all_rows<3>(w, s, rows, out);
+    case 4: return all_rows<4>(w, s, rows, out);
+    case 5: return all_rows<5>(w, s, rows, out);
+    case 6: return all_rows<6>(w, s, rows, out);
+    case 7: return all_rows<7>(w, s, rows, out);
+    default: return all_rows<8>(w, s, rows, out);
+  }
+}
+
+// ---- many rows -------------------------------------------------------------------------------------------------------
+
+// Where a unit of a tile goes, as numbers of dtype D; Whole: all of its 32 inputs and 16 outputs are there.
+template <int B, int D, bool Whole>
+struct Unit {
+  const Weight& w;
+  const __m512i* codes;
+  char* out;
+  int64_t row_bytes, at, inputs;
+  __mmask16 mask;
+
+  template <int I>
+  inline void put(__m512 scale, __m512 zero) const {
+    if constexpr (I < 16) {
+      __m512i q = code<B, I>(codes), low = _mm512_set1_epi32((1 << B) - 1);
+      __m512i both[2] = {_mm512_and_si512(q, low), _mm512_and_si512(_mm512_srli_epi32(q, 16), low)};
+      for (int p = 0; p < 2; p++) {
+        int k = 2 * I + p;
+        if (!Whole && k >= inputs) return;
+        if (w.along_out) {
+          scale = _mm512_set1_ps(_mm512_cvtss_f32(load16(w.scale, at + k, w.scale_dtype, 1)));
+          zero = _mm512_set1_ps(w.zero_point ? w.zero_point[at + k] : 1 << (B - 1));
+        }
+        __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(both[p]), zero), scale);
+        if constexpr (!Whole) store16(out + k * row_bytes, 0, D, v, mask);
+        else if constexpr (D == F32) _mm512_storeu_ps(out + k * row_bytes, v);
+        else _mm256_storeu_si256((__m256i*)(out + k * row_bytes), to_bf16(v));
+      }
+      put<I + 1>(scale, zero);
+    }
+  }
+};
+
+template <int B, int D>
+static void spread(const Weight& w, const Shape& s, int64_t tile, int64_t column, int64_t columns, char* out) {
+  int64_t size = D == F32 ? 4 : 2, group = w.along_out ? tile * 16 / s.padded_size : 0;
+  int64_t groups = w.along_out ? 1 : s.groups, units = s.units / groups, width = w.along_out ? w.in_features : s.size;
+  __mmask16 mask = lanes(s.valid(w, tile));
+  const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
+  for (int64_t g = 0; g < groups; g++) {
+    __m512 scale = _mm512_setzero_ps(), zero = scale;
+    int64_t at = g * s.tiles * 16 + tile * 16;
+    if (!w.along_out) scale = load16(w.scale, at, w.scale_dtype), zero = zero_points(w, at);
+    for (int64_t u = 0; u < units; u++) {
+      char* first = out + ((g * width + u * 32) * columns + column) * size;
+      const __m512i* z = codes + (g * units + u) * B;
+      int64_t place = group * s.padded_k + u * 32, inputs = width - u * 32;
+      if (mask == 0xffff && inputs >= 32) Unit<B, D, true>{w, z, first, columns * size, place, inputs, mask}.template put<0>(scale, zero);
+      else Unit<B, D, false>{w, z, first, columns * size, place, inputs, mask}.template put<0>(scale, zero);
+    }
+  }
+}
+
+template <int B>
+static void spread(const Weight& w, const Shape& s, int64_t tile, int64_t column, int64_t columns, void* out, int dtype) {
+  if (dtype == F32) spread<B, F32>(w, s, tile, column, columns, (char*)out);
+  else spread<B, BF16>(w, s, tile, column, columns, (char*)out);
+}
+
+// Tiles from `begin` to `end` of the weight, transposed, fp32 or bf16: out [K, columns], columns the outputs of these tiles.
+extern "C" void plquant_dequantize(const Weight* weight, int64_t begin, int64_t end, int64_t columns, void* out,
+                                   int32_t dtype) {
+  const Weight& w = *weight;
+  Shape s(w);
+#pragma omp parallel for num_threads(w.threads) if (w.threads > 1)
+  for (int64_t tile = begin; tile < end; tile++) {
+    int64_t column = s.first(w, tile) - s.first(w, begin);
+    switch (w.bits) {
+      case 2: spread<2>(w, s, tile, column, columns, out, dtype); break;
+      case 3: spread<3>(w, s, tile, column, columns, out, dtype); break;
+      case 4: spread<4>(w, s, tile, column, columns, out, dtype); break;
+      case 5: spread<5>(w, s, tile, column, columns, out, dtype); break;
+      case 6: spread<6>(w, s, tile, column, columns, out, dtype); break;
+      case 7: spread<7>(w, s, tile, column, columns, out, dtype); break;
+      default: spread<8>(w, s, tile, column, columns, out, dtype);
+    }
+  }
+}
+
+// ---- activations -----------------------------------------------------------------------------------------------------
+
+// Steps (code - zero_point), fp32 [M, K], and scales [M] of rows quantized each in its own range; as
+// quant/token_quantize.py computes them, to the last bit.
+extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, int64_t k, int32_t bits,
+                                      int32_t symmetric, const float* offset, float* steps, float* scales) {
+  float qmin = symmetric ? -(float)(1 << (bits - 1)) : 0, qmax = qmin + (float)((1 << bits) - 1);
+  for (int64_t i = 0; i < m; i++) {
+    __m512 low = _mm512_setzero_ps(), high = low;
+    for (int64_t j = 0; j < k; j += 16) {
+      __m512 v = load16(x, i * k + j, dtype, lanes(k - j));
+      low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
+    }
+    float lo = _mm512_reduce_min_ps(low), hi = _mm512_reduce_max_ps(high), zero = 0;
+    float scale = symmetric ? std::max(hi / qmax, lo / qmin) : (hi - lo) / (qmax - qmin);
+    scale = std::max(scale, 1.17549435e-38f);
+    if (!symmetric) zero = std::min(std::max(std::nearbyint(-lo / scale), qmin), qmax);
+    scales[i] = scale;
+    for (int64_t j = 0; j < k; j += 16) {
+      __mmask16 mask = lanes(k - j);
+      __m512 v = _mm512_div_ps(load16(x, i * k + j, dtype, mask), _mm512_set1_ps(scale));
+      if (offset) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, offset + j));
+      v = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(qmin - zero)), _mm512_set1_ps(qmax - zero));
+      _mm512_mask_storeu_ps(steps + i * k + j, mask, v);
+    }
+  }
+}
+
+extern "C" int32_t plquant_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+}

@@ -1,0 +1,68 @@
+"""Which CPU kernel takes which product.
+
+A few rows are multiplied as the codes are read, in one pass. With more the weight is dequantized, some tiles at a
+time so that they stay in the cache, and multiplied by torch. fp16 activations are then multiplied in fp32: torch has no
+quick product of them on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plquant.kernels import native
+from plquant.kernels.cpu_layout import TILE, Shape, Weight
+
+SCRATCH_BYTES = 1 << 21  # about a second-level cache
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape) -> Tensor:
+    """``x W^T + bias``; ``x`` [M, K] contiguous."""
+    # Folding the scale into an activation leaves more bits than bf16 has; two parts hold all of them.
+    parts = max(native.PARTS[x.dtype], 2 if shape.along_out else 1)
+    if len(x) * parts <= native.MOST_ROWS:
+        return native.few_rows(x, weight, shape, bias, x.dtype, parts)
+    if x.dtype == torch.float16:
+        return _many_rows(x.float(), weight, None if bias is None else bias.float(), shape).to(x.dtype)
+    return _many_rows(x, weight, bias, shape)
+
+
+def quantized_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, bits: int, symmetric: bool, offset: Tensor | None
+) -> Tensor:
+    """``linear`` of the activations quantized row by row; their steps are integers below 256, exact in bf16."""
+    steps, scale = native.quantize_rows(x, bits, symmetric, offset)
+    parts = 3 if shape.along_out else 1
+    if len(x) * parts <= native.MOST_ROWS:
+        return native.few_rows(steps, weight, shape, bias, x.dtype, parts, scale)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    out = _many_rows(steps.to(dtype), weight, None, shape).mul_(scale[:, None])
+    return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+def _many_rows(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape) -> Tensor:
+    out = x.new_empty(len(x), shape.out_features)
+    tiles = shape.padded_out // TILE
+    step = max(1, SCRATCH_BYTES // (shape.in_features * TILE * x.itemsize))
+    scratch = x.new_empty(shape.in_features * TILE * step)
+    start = 0
+    for tile in range(0, tiles, step):
+        end = min(tile + step, tiles)
+        width = _outputs(end, shape) - start
+        some = scratch[: shape.in_features * width].view(shape.in_features, width)
+        native.dequantize(weight, shape, slice(tile, end), some)
+        piece = out[:, start : start + width]
+        if bias is None:
+            torch.mm(x, some, out=piece)
+        else:
+            torch.addmm(bias[start : start + width], x, some, out=piece)
+        start += width
+    return out
+
+
+def _outputs(tiles: int, shape: Shape) -> int:
+    """How many outputs the first tiles hold."""
+    if not shape.along_out:
+        return min(tiles * TILE, shape.out_features)
+    groups, rest = divmod(tiles * TILE, shape.padded_group)
+    return groups * shape.group_size + min(rest, shape.group_size)

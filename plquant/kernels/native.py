@@ -1,0 +1,148 @@
+"""The compiled half of the CPU kernels: cpu.cpp, built by the machine's C++ compiler when first needed, then kept.
+
+Nothing of torch is compiled, so that it takes seconds; the library lies in ``$XDG_CACHE_HOME/plquant`` (``~/.cache``)
+under a name made of its source and flags. ``CXX`` names another compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plquant.kernels.cpu_layout import Shape, Weight
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = [
+    *["-O2", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-mfma", "-mf16c"],
+    *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PARTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}  # bf16 numbers whose sum an activation is
+MOST_ROWS = 16  # of bf16, at once
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        *[("codes", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero_point", ctypes.c_void_p)],
+        *[(name, ctypes.c_int64) for name in ("out_features", "in_features", "group_size")],
+        *[(name, ctypes.c_int32) for name in ("bits", "along_out", "scale_dtype", "threads")],
+    ]
+
+
+def _described(weight: Weight, shape: Shape) -> _Weight:
+    return _Weight(
+        *[weight.codes.data_ptr(), weight.scale.data_ptr(), _pointer(weight.zero_point)],
+        *[shape.out_features, shape.in_features, shape.group_size, shape.bits, shape.along_out],
+        *[DTYPES[weight.scale.dtype], torch.get_num_threads()],
+    )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def few_rows(
+    x: Tensor,
+    weight: Weight,
+    shape: Shape,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    parts: int,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """``x W^T row_scale + bias``.
+
+    Args:
+        x: [M, K], contiguous; M times ``parts`` at most ``MOST_ROWS``.
+        weight: The weight.
+        shape: Its shape.
+        bias: [N] of ``dtype``, or ``None``.
+        dtype: Of the result.
+        parts: bf16 numbers that each activation is split into.
+        row_scale: fp32 [M], or ``None``.
+
+    Returns:
+        [M, N].
+    """
+    out = x.new_empty(x.shape[0], shape.out_features, dtype=dtype)
+    _library().plquant_few_rows(
+        *[_described(weight, shape), x.data_ptr(), DTYPES[x.dtype], parts, x.shape[0], _pointer(row_scale)],
+        *[_pointer(bias), out.data_ptr(), DTYPES[dtype]],
+    )
+    return out
+
+
+def dequantize(weight: Weight, shape: Shape, tiles: slice, out: Tensor) -> None:
+    """Some tiles of the weight, transposed, into ``out``: [K, outputs of these tiles], contiguous."""
+    _library().plquant_dequantize(
+        *[_described(weight, shape), tiles.start, tiles.stop, out.shape[1], out.data_ptr(), DTYPES[out.dtype]]
+    )
+
+
+def quantize_rows(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Steps ``code - zero_point``, fp32 [M, K], and scales, fp32 [M], of rows [M, K], contiguous."""
+    steps, scales = torch.empty_like(x, dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
+    _library().plquant_quantize_rows(
+        *[x.data_ptr(), DTYPES[x.dtype], *x.shape, bits, symmetric],
+        *[_pointer(offset), steps.data_ptr(), scales.data_ptr()],
+    )
+    return steps, scales
+
+
+@cache
+def available() -> bool:
+    """Whether this machine has what the kernels need; if not a warning says, once, what is missing."""
+    missing = _missing()
+    if missing:
+        warnings.warn(f"plquant runs its plain PyTorch path, which is slow: {missing}", stacklevel=2)
+    return not missing
+
+
+def _missing() -> str:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"it has kernels for x86, not for {platform.machine()}"
+    if _compiler() is None:
+        return "there is no C++ compiler; install g++ or clang++, or name one in CXX"
+    return "" if _library().plquant_supported() else "the CPU lacks AVX512-BF16"
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    compiler = _compiler()
+    assert compiler is not None
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS]).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plquant" / f"cpu-{key}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+            built.replace(path)
+    library = ctypes.CDLL(str(path))
+    weight, pointer, wide, narrow = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    few: list[Any] = [weight, pointer, narrow, narrow, wide, pointer, pointer, pointer, narrow]
+    many: list[Any] = [weight, wide, wide, wide, pointer, narrow]
+    rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, pointer, pointer, pointer]
+    library.plquant_few_rows.argtypes = few
+    library.plquant_dequantize.argtypes = many
+    library.plquant_quantize_rows.argtypes = rows
+    return library

@@ -1,0 +1,135 @@
+"""The ops against their specification: every width, axis, kind, group size and dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from plquant.kernels import native, ops, reference
+from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
+
+N, K = 96, 192
+# Of the norm of the result, which is rounded once: by 2^-8 in bf16 and 2^-11 in fp16 at most, by less on average.
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+needs_kernels = pytest.mark.skipif(not native.available(), reason="no kernels for this CPU")
+
+
+def made(
+    bits: int, along_out: bool, size: int, dtype: torch.dtype = torch.float32, symmetric: bool = False
+) -> tuple[Weight, Shape, Tensor]:
+    generator = torch.Generator().manual_seed(bits)
+    shape = Shape(N, K, bits, size, along_out)
+    groups = (N // size, K) if along_out else (N, K // size)
+    codes = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8, generator=generator)
+    scale = (torch.rand(groups, generator=generator) + 0.5).to(dtype)
+    zero_point = None if symmetric else torch.randint(0, 1 << bits, groups, dtype=torch.uint8, generator=generator)
+    return lay_out(codes, scale, zero_point, shape), shape, codes
+
+
+def activations(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(m)
+    return torch.randn(m, K, generator=generator).to(dtype), torch.randn(N, generator=generator).to(dtype)
+
+
+def error(output: Tensor, expected: Tensor) -> float:
+    return ((output.double() - expected).norm() / expected.norm()).item()
+
+
+def exact(weight: Weight, shape: Shape) -> Tensor:
+    return reference.dequantize(weight._replace(scale=weight.scale.double()), shape)
+
+
+@pytest.mark.parametrize("size", [96, 48, 32, 12], ids="g{}".format)
+@pytest.mark.parametrize("along_out", [False, True], ids=["in", "out"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_come_back_and_take_their_bits(bits: int, along_out: bool, size: int) -> None:
+    weight, shape, codes = made(bits, along_out, size)
+    assert torch.equal(codes_of(weight, shape), codes)
+    assert weight.codes.nbytes * 8 == bits * shape.padded_out * shape.padded_in
+    assert per_group_of(weight.scale, shape).shape == ((N // size, K) if along_out else (N, K // size))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("size", [96, 32, 12], ids="g{}".format)
+@pytest.mark.parametrize("along_out", [False, True], ids=["in", "out"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_products_are_those_of_the_reference(
+    bits: int, along_out: bool, size: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    weight, shape, _ = made(bits, along_out, size, dtype, symmetric)
+    for m in (1, 3, 8, 40):  # the last dequantizes, and rounds weights to the dtype
+        x, bias = activations(m, dtype)
+        expected = x.double() @ exact(weight, shape).t() + bias.double()
+        assert error(ops.linear(x, *weight, bias, *shape), expected) < BOUND[dtype] * (2 if m == 40 else 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("along_out", [False, True], ids=["in", "out"])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_quantized_products_are_those_of_the_codes(
+    bits: int, along_out: bool, symmetric: bool, dtype: torch.dtype
+) -> None:
+    weight, shape, _ = made(bits, along_out, 96, dtype, symmetric)
+    offset = torch.linspace(-0.4, 0.3, K)
+    for m in (1, 5, 40):
+        x, bias = activations(m, dtype)
+        steps, scale = reference.quantize_rows(x, bits, symmetric, offset)
+        expected = scale.double() * (steps.double() @ exact(weight, shape).t()) + bias.double()
+        output = ops.quantized_linear(x, *weight, bias, *shape, bits, symmetric, offset)
+        assert error(output, expected) < BOUND[dtype] * (2 if m == 40 else 1)
+
+
+@needs_kernels
+def test_activations_get_the_steps_of_the_specification() -> None:
+    x = torch.cat([torch.randn(30, K), torch.zeros(1, K), torch.rand(1, K), -torch.rand(1, K)])
+    for bits in range(2, 9):
+        for symmetric in (False, True):
+            steps, scale = native.quantize_rows(x, bits, symmetric, None)
+            expected = reference.quantize_rows(x, bits, symmetric, None)
+            assert torch.equal(steps, expected[0]) and torch.equal(scale[:, None], expected[1])
+
+
+def test_any_leading_shape_strides_and_nothing_at_all() -> None:
+    weight, shape, _ = made(4, False, 32)
+    x = torch.randn(K, 3, 2).permute(2, 1, 0)
+    output = ops.linear(x, *weight, None, *shape)
+    torch.testing.assert_close(output, reference.linear(x, weight, None, shape), rtol=1e-5, atol=1e-4)
+    assert ops.linear(x[0, 0], *weight, None, *shape).shape == (N,)
+    assert ops.linear(x[:, :0], *weight, None, *shape).shape == (2, 0, N)
+    assert ops.quantized_linear(x[:, :0], *weight, None, *shape, 4, False, None).shape == (2, 0, N)
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "x": {"x": torch.zeros(1, K + 1)},
+    "codes": {"codes": torch.zeros(1, dtype=torch.int16)},
+    "scale": {"scale": torch.zeros(1)},
+    "zero_point": {"zero_point": torch.zeros(6, N)},
+    "bias": {"bias": torch.zeros(N, dtype=torch.bfloat16)},
+    "group_size": {"group_size": 7},
+    "bits": {"bits": 9},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named(name: str) -> None:
+    weight, shape, _ = made(4, False, 32)
+    arguments = {"x": torch.zeros(1, K), "bias": None} | weight._asdict() | shape._asdict() | WRONG[name]
+    with pytest.raises(ValueError, match=f"argument `{name}`"):
+        ops.linear(**arguments)
+    with pytest.raises(ValueError, match="argument `codes` to be on cpu"):
+        ops.linear(torch.zeros(1, K), weight.codes.to("meta"), *weight[1:], None, *shape)
+
+
+def test_the_compiler_sees_through() -> None:
+    weight, shape, _ = made(4, True, 32)
+    run = torch.compile(lambda x: ops.linear(x + 1, *weight, None, *shape) * 2, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, K)
+    assert torch.equal(run(x), ops.linear(x + 1, *weight, None, *shape) * 2)
+    torch.library.opcheck(ops.linear.default, (x, *weight, None, *shape), test_utils=("test_schema", "test_faketensor"))

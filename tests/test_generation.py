@@ -1,0 +1,59 @@
+"""The lean loop gives the tokens of transformers' ``generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from plquant.cli import main
+from plquant.generation import generate
+from plquant.packed_model import prepare_linears_
+from tests.families import VOCAB, byte_tokenizer, tiny_model
+from tests.test_packed_model import packed, save
+
+
+def test_tokens_are_those_of_transformers() -> None:
+    lm = packed(dtype=torch.float32)
+    prepare_linears_(lm)
+    lm.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    ids = torch.arange(3, 12)[None] % VOCAB
+    theirs = lm.generate(ids, max_new_tokens=12, do_sample=False)[0, 9:]
+    assert torch.equal(torch.stack([*generate(lm, ids, torch.ones_like(ids), 12)], 1)[0], theirs)
+
+
+def test_a_batch_padded_on_the_left_gives_what_each_prompt_gives_alone() -> None:
+    lm = tiny_model("llama")
+    lm.generation_config = GenerationConfig(eos_token_id=None)
+    short, long = torch.arange(3, 8) % VOCAB, torch.arange(20, 29) % VOCAB
+    padding = torch.zeros(4, dtype=torch.long)
+    ids = torch.stack([torch.cat([padding, short]), long])
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    both = torch.stack([*generate(lm, ids, mask, 10)], 1)
+    for row, prompt in zip(both, (short, long), strict=True):
+        alone = torch.stack([*generate(lm, prompt[None], torch.ones_like(prompt)[None], 10)], 1)[0]
+        assert torch.equal(row, alone)
+
+
+def test_an_end_stops_it() -> None:
+    lm = tiny_model("llama")
+    ids = torch.arange(3, 12)[None] % VOCAB
+    lm.generation_config = GenerationConfig(eos_token_id=None)
+    free = torch.cat([*generate(lm, ids, torch.ones_like(ids), 8)]).tolist()
+    lm.generation_config = GenerationConfig(eos_token_id=[free[3]])
+    stopped = torch.cat([*generate(lm, ids, torch.ones_like(ids), 8)]).tolist()
+    assert stopped == free[: free.index(free[3]) + 1]
+
+
+def test_the_command_prints_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = packed(dtype=torch.float32)
+    folder = save(lm, tmp_path / "out")
+    byte_tokenizer().save_pretrained(folder)
+    main(["generate", str(folder), "--prompt", "!", "#", "--max_new_tokens", "3"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("!") and "tokens/s" in printed.err
+    with pytest.raises(SystemExit, match="--max_new_tokens=0 generates nothing"):
+        main(["generate", str(folder), "--prompt", "!", "--max_new_tokens", "0"])
