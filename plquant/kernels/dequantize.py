@@ -69,5 +69,5 @@ def constants(bits: int, along_out: bool, symmetric: bool, units: int, dtype: to
         "num_warps": 4,
     }
     if nvidia:
-        options["maxnreg"] = 128  # without a bound ptxas would spill rather than miss a round occupancy
+        options["maxnreg"] = 168  # without a bound ptxas would spill rather than miss a round occupancy
     return options
