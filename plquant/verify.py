@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,14 @@ from plquant.manifest import MANIFEST, damaged_files, read_manifest
 from plquant.methods.rtn import RTN
 from plquant.model import QuantizedLM
 from plquant.nn.packed_linear import PackedLinear
+from plquant.quant.grid import IntGrid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 16  # of the forward pass
+ZERO_POINT = "weight_zero_point"
+WORDS = ("weight_packed", "weight_scale", ZERO_POINT)  # tensors of a packed linear
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def verify(folder: str | Path) -> list[Check]:
         return checks + [Check(name, None, "not looked at") for name in ("linears", "size", "run time")]
     model = QuantizedLM(str(path), RTN)
     checks += [_attempt("linears", lambda: _linears(path, model)), _attempt("size", lambda: _size(path, model))]
-    return [*checks, _attempt("run time", lambda: _run_time(model.lm))]
+    return [*checks, _attempt("run time", lambda: _run_time(path, model.lm))]
 
 
 def _attempt(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
@@ -108,14 +111,17 @@ def _tensor_bytes(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 @torch.no_grad()
-def _run_time(lm: PreTrainedModel) -> tuple[bool, str]:
+def _run_time(folder: Path, lm: PreTrainedModel) -> tuple[bool, str]:
     """Every packed linear gives what its codes, decoded by plain arithmetic, give on the input that it gets."""
     errors: dict[str, float] = {}
+    stored = _stored(folder)
 
     def compare(name: str, linear: PackedLinear, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0] if linear.online is None else linear.online(args[0])
         x = x if linear.inputs is None else linear.inputs(x)
-        weight = decoded(linear).to(linear.weight_scale.dtype).to(x.dtype)
+        tensors = {key: stored(f"{name}.{key}") for key in WORDS if key != ZERO_POINT or not linear.grid.symmetric}
+        weight = decoded(tensors, linear.grid, linear.out_features, linear.in_features)
+        weight = weight.to(linear.scale_dtype).to(x.device, x.dtype)
         expected = F.linear(x, weight, None if linear.bias is None else linear.bias.to(x.dtype)).double()
         difference = (output.double() - expected).norm() / expected.norm().clamp(min=1e-30)
         errors[name] = float(difference) if difference.isfinite() else float("inf")
@@ -140,18 +146,33 @@ def _run_time(lm: PreTrainedModel) -> tuple[bool, str]:
     return errors[worst] <= bound, f"{said} codes {errors[worst]:.1e} ({worst}), at most {bound:.1e}"
 
 
-def decoded(linear: PackedLinear) -> Tensor:
-    """The weight [O, I], fp64, from the words by shifts: (code - zero-point) scale, with none of the loader's code."""
-    bits, (outputs, inputs) = linear.grid.bits, (linear.out_features, linear.in_features)
-    codes = _fields(linear.weight_packed, bits)[:, :inputs].double()
-    scale = linear.weight_scale.double()
-    if linear.grid.symmetric:
+def _stored(folder: Path) -> Callable[[str], Tensor]:
+    """Reads a tensor of the folder by its name."""
+    from safetensors import safe_open
+
+    files = [safe_open(shard, "pt") for shard in sorted(folder.glob("*.safetensors"))]
+    holder = {name: file for file in files for name in file.keys()}
+    return lambda name: holder[name].get_tensor(name)
+
+
+def decoded(tensors: Mapping[str, Tensor], grid: IntGrid, outputs: int, inputs: int) -> Tensor:
+    """A weight [O, I], fp64, from its words by shifts: (code - zero-point) scale, with none of the loader's code.
+
+    Args:
+        tensors: Those of ``WORDS``, as they are in the checkpoint.
+        grid: Their grid.
+        outputs: O.
+        inputs: I.
+    """
+    bits, scale = grid.bits, tensors["weight_scale"].double()
+    codes = _fields(tensors["weight_packed"], bits)[:, :inputs].double()
+    if grid.symmetric:
         zero_point: Tensor | float = float(1 << (bits - 1))
-    elif linear.grid.axis == "in":
-        zero_point = _fields(linear.weight_zero_point.t(), bits)[:, :outputs].t().double()
+    elif grid.axis == "in":
+        zero_point = _fields(tensors[ZERO_POINT].t(), bits)[:, :outputs].t().double()
     else:
-        zero_point = linear.weight_zero_point.double() + (1 << (bits - 1))
-    dim = 1 if linear.grid.axis == "in" else 0
+        zero_point = tensors[ZERO_POINT].double() + (1 << (bits - 1))
+    dim = 1 if grid.axis == "in" else 0
     size = codes.shape[dim] // scale.shape[dim]
     offset = zero_point.repeat_interleave(size, dim) if isinstance(zero_point, Tensor) else zero_point
     return (codes - offset) * scale.repeat_interleave(size, dim)

@@ -19,6 +19,9 @@ from torch import Tensor
 
 import plquant as pq
 from plquant.formats.checkpoint import INDEX
+from plquant.parts.clipping import LWC
+from plquant.parts.learned_rounding import LearnedRounding
+from plquant.parts.rotation import Rotation
 from plquant.run_folder import RUNNING
 from plquant.verify import verify
 
@@ -117,15 +120,21 @@ METHODS: dict[str, Any] = {
     "AffineQuant": pq.methods.AffineQuant,  # bands that open, each with moments of its own
     "constant, aug_loss": partial(pq.methods.OmniQuant, schedule="constant", aug_loss=True, alpha="search"),
     "QLLM": partial(pq.methods.QLLM, lr=1e-2),
+    "Best": pq.methods.Best,  # the start is set from the data
+    "rotated stream": partial(  # and the whole model changed before
+        pq.methods.Composed, parts=[partial(Rotation, places=["residual", "values"]), LWC, LearnedRounding]
+    ),
 }
 
 
 # Of 12 steps, four to an epoch: inside the second epoch, where it begins, at the end
-@pytest.mark.parametrize(("name", "step"), [("AffineQuant", 7), ("constant, aug_loss", 5), ("QLLM", 12)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("AffineQuant", 7), ("constant, aug_loss", 5), ("QLLM", 12), ("Best", 6), ("rotated stream", 6)]
+)
 def test_a_fit_goes_on_inside_a_block_to_the_same_bits(
     name: str, step: int, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"activations": pq.ActivationGrid(4)} if name == "QLLM" else {}
+    options = {"activations": pq.ActivationGrid(4)} if name in ("QLLM", "Best") else {}
     run(checkpoint, tmp_path / "whole", METHODS[name], **options)
     interrupt(1, step, checkpoint, tmp_path / "out", METHODS[name], checkpoint_every=1, **options)
     assert (tmp_path / "out" / RUNNING).exists()

@@ -17,6 +17,7 @@ from plquant.cli import main
 from plquant.formats.checkpoint import INDEX
 from plquant.manifest import MANIFEST
 from plquant.nn.packed_linear import PackedLinear
+from plquant.parts.rotation import Rotation
 from plquant.quant.fake_quantize import quantize_weight
 from plquant.verify import decoded, verify
 
@@ -69,9 +70,11 @@ def test_a_finished_run_passes_and_says_what_it_was_made_with(
         (pq.methods.OmniQuant, {"activations": ActivationGrid(4)}),
         (pq.methods.QLLM, {"activations": ActivationGrid(4)}),
         (partial(pq.methods.AffineQuant, online="kronecker"), {}),
+        (pq.methods.Best, {"activations": ActivationGrid(4)}),
+        (partial(pq.methods.Composed, parts=[partial(Rotation, places=["residual"])]), {}),
         (pq.methods.AdaDim, {"weights": IntGrid(5, 16, symmetric=True)}),
     ],
-    ids=["offsets", "gathers", "matrices", "axes"],
+    ids=["offsets", "gathers", "matrices", "rotations", "rotated stream", "axes"],
 )
 def test_run_time_operations_and_axes_pass(
     method: Any, options: dict[str, Any], checkpoint: Path, tmp_path: Path
@@ -162,8 +165,9 @@ def test_a_run_time_that_decodes_wrongly_fails(copied: Path, monkeypatch: pytest
 )
 @pytest.mark.parametrize("group_size", [4, None])
 def test_plain_arithmetic_decodes_every_grid(bits: int, grid: dict[str, Any], group_size: int | None) -> None:
-    if group_size is None and grid["axis"] == "out":
+    if group_size is None and grid.get("axis") == "out":
         return
     weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(bits))
     linear = PackedLinear(quantize_weight(weight, IntGrid(bits, group_size, **grid)))
-    assert torch.equal(decoded(linear).float(), linear.quantized().dequantize())
+    plain = decoded(dict(linear.named_buffers()), linear.grid, 12, 20)
+    assert torch.equal(plain.float(), linear.quantized().dequantize())
