@@ -38,11 +38,12 @@ class PackedConfig(QuantizationConfigMixin):
     Args:
         stored: The ``quantization_config`` of config.json.
         tensors: Names of all tensors in the folder.
+        kernels: Lay weights out for kernels.
     """
 
-    def __init__(self, stored: dict[str, Any], tensors: list[str], **kwargs: Any) -> None:
+    def __init__(self, stored: dict[str, Any], tensors: list[str], kernels: bool = True, **kwargs: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.stored, self.tensors = stored, tensors
+        self.stored, self.tensors, self.kernels = stored, tensors, kernels
 
     def structure(self) -> PackedStructure:
         """What the model consists of."""
@@ -68,7 +69,9 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        prepare_linears_(model)
+        assert isinstance(self.quantization_config, PackedConfig)
+        if self.quantization_config.kernels:
+            prepare_linears_(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -107,13 +110,18 @@ def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> d
     )
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def load(
+    folder: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False, kernels: bool = True
+) -> PreTrainedModel:
     """A model quantized by plquant, its linears running from packed integers, activations quantized as in its run.
 
     Args:
         folder: Output folder of ``plquant calibrate``.
         dtype: Of activations, scales and what is not quantized; the folder's own if not given.
         trust_remote_code: Run Python code that comes with the model.
+        kernels: Multiply with the packed integers where there are kernels for the device. Without, weights are unpacked
+            in every forward, to the numbers that stock transformers and calibration compute with: kernels do not round
+            the product of code and scale to the model's dtype, which differs from these by that rounding.
 
     Raises:
         ValueError: The folder's model is not quantized in a format that plquant reads.
@@ -124,7 +132,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, trust_remote_code
         raise ValueError(f"{folder} holds no quantized model; give the output folder of `plquant calibrate`")
     tensors = tensor_names(Path(folder))
     PackedConfig(stored, tensors).structure()  # refuses other formats
-    config.quantization_config = {"quant_method": QUANT_METHOD, "stored": stored, "tensors": tensors}
+    given = {"stored": stored, "tensors": tensors, "kernels": kernels}
+    config.quantization_config = {"quant_method": QUANT_METHOD, **given}
     lm = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
     )

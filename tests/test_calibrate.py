@@ -74,7 +74,10 @@ def test_stock_transformers_gives_our_logits_to_the_last_bit(
     checkpoint: Path, tmp_path: Path, grid: dict[str, Any]
 ) -> None:
     run(checkpoint, tmp_path / "out", pq.methods.RTN, **grid)
-    ours, stock = pq.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ours, stock = (
+        pq.load(tmp_path / "out", kernels=False),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(),
+    )
     with torch.no_grad():
         assert torch.equal(ours(IDS).logits, stock(IDS).logits)
     assert stock.dtype == ours.dtype == torch.bfloat16
@@ -184,7 +187,10 @@ def test_biases_untied_heads_and_other_dtypes_survive(
     lm.to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", evaluate=False)
-    ours, stock = pq.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ours, stock = (
+        pq.load(tmp_path / "out", kernels=False),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(),
+    )
     with torch.no_grad():
         assert torch.equal(ours(IDS).logits, stock(IDS).logits)
     assert ours.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)

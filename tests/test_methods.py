@@ -86,7 +86,7 @@ def calibrate(checkpoint: Path, out: Path, method: Make, **model_options: Any) -
 def test_weight_only_methods_open_everywhere(name: str, checkpoint: Path, tmp_path: Path) -> None:
     report, logits = calibrate(checkpoint, tmp_path / "out", WEIGHT_ONLY[name])
     with torch.no_grad():
-        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+        assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, logits)
     assert report.cost is not None and not report.cost.operations
     assert report.cost.effective_bits == pytest.approx(3 + (16 + 3) / 16, rel=1e-6)
@@ -96,7 +96,7 @@ def test_weight_only_methods_open_everywhere(name: str, checkpoint: Path, tmp_pa
 def test_matrices_that_do_not_fold_run_and_are_counted(name: str, checkpoint: Path, tmp_path: Path) -> None:
     report, logits = calibrate(checkpoint, tmp_path / "out", ONLINE[name])
     with torch.no_grad():
-        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+        assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
     with pytest.raises(ValueError, match="needs plquant"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     places = 2 if "dense" in name else 3  # after the norms; a pair of small factors before the last linear too
@@ -107,7 +107,7 @@ def test_matrices_that_do_not_fold_run_and_are_counted(name: str, checkpoint: Pa
 @pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
 def test_methods_with_quantized_activations(name: str, checkpoint: Path, tmp_path: Path) -> None:
     _, logits = calibrate(checkpoint, tmp_path / "out", QUANTIZED_ACTIVATIONS[name], activations=A4)
-    loaded = pq.load(tmp_path / "out")
+    loaded = pq.load(tmp_path / "out", kernels=False)
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, logits)
         for module in loaded.modules():  # negative control: attention alone is left in floating point
@@ -164,7 +164,7 @@ def test_blocks_fitted_together(checkpoint: Path, tmp_path: Path) -> None:
     assert [block.name for block in report.blocks] == ["model.layers.0-1", "model.layers.2"]
     assert sum(report.axes.values()) == 21 and report.unquantized == ["lm_head"]
     with torch.no_grad():
-        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+        assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "phi3", "gemma3", "qwen3", "opt", "stablelm"])
@@ -175,7 +175,7 @@ def test_other_architectures(family: str, checkpoint: Path, tmp_path: Path) -> N
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
     _, logits = calibrate(tmp_path / "model", tmp_path / "out", QUANTIZED_ACTIVATIONS["everything"], activations=A4)
     with torch.no_grad():
-        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+        assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
 
 
 def test_stock_refuses_experts_it_would_fill_with_random_numbers(checkpoint: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_stock_refuses_experts_it_would_fill_with_random_numbers(checkpoint: Pat
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
     report, logits = calibrate(tmp_path / "model", tmp_path / "out", pq.methods.RTN)
     with torch.no_grad():
-        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+        assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
     with pytest.raises(ValueError, match="needs plquant"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not report.opens_in_stock and "other loaders refuse" in report.card()
@@ -205,4 +205,4 @@ def test_experts_without_tokens_are_rounded_to_nearest_and_named(checkpoint: Pat
     assert any("no calibration token was sent to them" in line for line in report.summary())
     assert any("gate" in name for name in report.unquantized)
     with torch.no_grad():
-        assert torch.equal(pq.load(tmp_path / "out")(IDS).logits, logits)
+        assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
