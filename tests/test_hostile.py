@@ -21,10 +21,18 @@ FEW = settings(max_examples=25)
 
 
 class Ran:
-    """A pickle that notes that it was read."""
+    """A pickle that notes in a folder that it was read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> Any:
-        return exec, ("import pathlib; pathlib.Path('/tmp/plquant-pickle-ran').touch()",)
+        return exec, (leaves_a_note(self.folder),)
+
+
+def leaves_a_note(folder: Path) -> str:
+    """Python code that does."""
+    return f"import pathlib; pathlib.Path({str(folder / 'ran')!r}).touch()"
 
 
 def calibrate(folder: Path, out: Path) -> None:
@@ -41,7 +49,7 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
 
 def only_pickles(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    torch.save({"x": Ran()}, folder / "pytorch_model.bin")
+    torch.save({"x": Ran(folder)}, folder / "pytorch_model.bin")
 
 
 def truncated(folder: Path) -> None:
@@ -77,7 +85,7 @@ def own_code(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text("import pathlib; pathlib.Path('/tmp/plquant-pickle-ran').touch()")
+    (folder / "own.py").write_text(leaves_a_note(folder))
 
 
 @pytest.mark.parametrize(
@@ -95,12 +103,10 @@ def own_code(folder: Path) -> None:
 def test_a_folder_that_is_not_sound_is_refused(
     change: Callable[[Path], None], message: str, folder: Path, tmp_path: Path
 ) -> None:
-    ran = Path("/tmp/plquant-pickle-ran")
-    ran.unlink(missing_ok=True)
     change(folder)
     with pytest.raises(SystemExit) as stop:
         calibrate(folder, tmp_path / "out")
-    assert message in str(stop.value.code) and not ran.exists() and not (tmp_path / "out").exists()
+    assert message in str(stop.value.code) and not (folder / "ran").exists() and not (tmp_path / "out").exists()
 
 
 def refuses_or_works(job: Callable[[], Any]) -> None:

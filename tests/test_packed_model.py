@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import plquant as pq
 from plquant.blocks.discovery import find_blocks
-from plquant.formats.checkpoint import REST, write_index, write_shard
+from plquant.files import write_json
+from plquant.formats.checkpoint import INDEX, REST, index_of, save_tensors
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.attention import AttentionQuantizer, quantize_attention_
 from plquant.nn.online import attach_online_
@@ -72,8 +73,8 @@ def save(lm: PreTrainedModel, folder: Path, activations: ActivationGrid | None =
     config.quantization_config = stored_config(lm, activations)
     config.save_pretrained(folder)
     tied = lm.all_tied_weights_keys
-    write_shard(folder / REST, {name: t for name, t in lm.state_dict().items() if name not in tied})
-    write_index(folder, [REST])
+    save_tensors(folder / REST, {name: t for name, t in lm.state_dict().items() if name not in tied})
+    write_json(folder / INDEX, index_of(folder, [REST]))
     return folder
 
 

@@ -8,9 +8,9 @@ numbers there leaves the block's output where it was.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from plquant.architectures.moe import alike
 from plquant.blocks.proof import Proof
 from plquant.blocks.sites import Attention, QuerySite, Site
 
+PROOF_TOKENS = 16  # of a proof's input, as ``find_sites`` wants it
 TOLERANCE = 1e-9  # largest relative move of a block's output that counts as none
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,20 @@ def structure(block: nn.Module) -> Hashable:
         (name, type(module), tuple((key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)))
         for name, module in block.named_modules()
     )
+
+
+def find_in_each(
+    blocks: nn.ModuleList | Sequence[nn.Module],
+    calls: Sequence[dict[str, Any]],
+    find: Callable[[nn.Module, dict[str, Any]], Found],
+) -> list[Found]:
+    """What ``find`` gives for each block and its call's arguments; blocks of equal ``structure`` share one proof."""
+    keys = [structure(block) for block in blocks]
+    found: dict[Hashable, Found] = {}
+    for key, block, call in zip(keys, blocks, calls, strict=True):
+        if key not in found:
+            found[key] = find(block, call)
+    return [found[key] for key in keys]
 
 
 def find_places(block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], tolerance: float = TOLERANCE) -> Places:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 from torch import Tensor, nn
 
 from plquant.blocks.capture import capture_calls, capture_inputs
-from plquant.blocks.discovery import Places, find_blocks, find_places, structure
+from plquant.blocks.discovery import PROOF_TOKENS, find_blocks, find_in_each, find_places
 from plquant.blocks.quant_block import QuantBlock
 from plquant.quant.grid import ActivationGrid, IntGrid
-
-PROOF_TOKENS = 16
 
 
 def prepare_blocks(
@@ -35,13 +31,8 @@ def prepare_blocks(
     parent, layers = find_blocks(lm)
     few = ids[:1, :PROOF_TOKENS]
     hidden, short = capture_inputs(lm, layers, few), capture_calls(lm, layers, few)
-    proven: dict[Hashable, Places] = {}
-    places: list[Places] = []
-    for number, (layer, call) in enumerate(zip(layers, short, strict=True)):
-        key = structure(layer)
-        if key not in proven:
-            proven[key] = find_places(layer, hidden, call)
-        places.append(proven[key].inside(str(number)))
+    proven = find_in_each(layers, short, lambda layer, call: find_places(layer, hidden, call))
+    places = [found.inside(str(number)) for number, found in enumerate(proven)]
     if activations is not None and activations.in_attention and not any(place.attentions for place in places):
         raise ValueError(
             f"{type(lm).__name__} does not call transformers' attention interface, in which queries, keys and values "

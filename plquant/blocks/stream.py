@@ -9,14 +9,13 @@ it is.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from plquant.blocks.capture import capture_calls, capture_inputs
-from plquant.blocks.discovery import TOLERANCE, find_blocks, sites_in, structure
+from plquant.blocks.discovery import PROOF_TOKENS, TOLERANCE, find_blocks, find_in_each, sites_in
 from plquant.blocks.fold import Fold
 from plquant.blocks.proof import Proof, is_norm
 from plquant.blocks.sites import Site, Stream
@@ -25,7 +24,6 @@ from plquant.nn.online import attach_online_
 from plquant.transforms.hadamard import keeping_mean, orthogonal, split_width
 from plquant.transforms.online import KroneckerOp, MatrixOp, OnlineOp
 
-PROOF_TOKENS = 16
 INSTEAD = "Rotate behind the norms instead: norms, not residual, among the places of Rotation."
 CLOSE = 0.1  # of the logits' norm: what rounding to the model's dtype may move; a mistake moves all of it
 
@@ -66,26 +64,21 @@ def rotate_stream_(lm: nn.Module, ids: Tensor, seed: int = 0) -> None:
     few = ids[:1, :PROOF_TOKENS]
     _, layers = find_blocks(lm)
     hidden, calls = capture_inputs(lm, layers, few), capture_calls(lm, layers, few)
-    streams: dict[Hashable, Stream | None] = {}
-    for layer, call in zip(layers, calls, strict=True):
-        if structure(layer) not in streams:
-            streams[structure(layer)] = find_stream(Proof(layer, hidden, call))
-    known = [stream for stream in streams.values() if stream is not None]
-    if len(known) < len(streams):
+    found = find_in_each(layers, calls, lambda layer, call: find_stream(Proof(layer, hidden, call)))
+    streams = [stream for stream in found if stream is not None]
+    if len(streams) < len(found):
         raise ValueError(
             f"a rotation of the residual stream does not fold into the blocks of {type(lm).__name__}: what is added to "
             f"it goes through a norm first, or is not known. {INSTEAD}"
         )
     before = _logits(lm, few)
-    rotation = _Rotation.random(hidden.shape[-1], any(stream.keeps_mean for stream in known), seed)
+    rotation = _Rotation.random(hidden.shape[-1], any(stream.keeps_mean for stream in streams), seed)
     dense = _dense(rotation)
-    for layer in layers:
-        stream = streams[structure(layer)]
-        assert stream is not None
+    for layer, stream in zip(layers, streams, strict=True):
         fold = Fold(dict(layer.named_modules()))
         fold.rotate(stream, dense)
         _store_(layer, fold)
-    _rotate_ends_(lm, layers, known[0].norms[0], rotation)
+    _rotate_ends_(lm, layers, streams[0].norms[0], rotation)
     moved = float((_logits(lm, few) - before).norm() / before.norm())
     if not moved < CLOSE:
         raise ValueError(
@@ -140,17 +133,16 @@ def _rotate_ends_(lm: nn.Module, layers: nn.ModuleList, norm: Site, rotation: _R
     if is_tied or (getattr(module, "bias", None) is not None and head.bias is None):
         attach_online_(module, [rotation.back.to(tokens.weight.dtype)], at="input")
         return
-    fold = Fold({name: module, "head": head})
-    site = Site(name, ("head",), torch.arange(width), "norm", False, 0.0, norm.gain_offset)
+    fold = Fold(outside)
+    readers = tuple(path for path, found in outside.items() if found is head)
+    site = Site(name, readers, torch.arange(width), "norm", False, 0.0, norm.gain_offset)
     fold.rotate(Stream((site,), (), False, 0.0), dense)
-    for path, value in fold.parameters.items():
-        owner, _, parameter = path.rpartition(".")
-        (head if owner == "head" else module).get_parameter(parameter).copy_(value)
+    _store_(lm, fold)
 
 
-def _store_(layer: nn.Module, fold: Fold) -> None:
+def _store_(module: nn.Module, fold: Fold) -> None:
     for path, value in fold.parameters.items():
-        layer.get_parameter(path).copy_(value)
+        module.get_parameter(path).copy_(value)
 
 
 def _logits(lm: nn.Module, ids: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plquant.files import replacing, write_json
 from plquant.quant.grid import IntGrid
 
 REST = "model-rest.safetensors"
@@ -28,22 +27,11 @@ def block_shard(index: int) -> str:
     return f"model-block-{index:03d}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by their full names; the file is whole or not there."""
-    with replacing(path) as partial:
-        save_tensors(partial, tensors)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by their full names, as transformers wants them."""
     from safetensors.torch import save_file
 
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
-
-
-def write_index(folder: Path, shards: list[str]) -> None:
-    """Write the index of these shards."""
-    write_json(folder / INDEX, index_of(folder, shards))
 
 
 def index_of(folder: Path, shards: list[str]) -> dict[str, Any]:
