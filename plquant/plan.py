@@ -9,8 +9,6 @@ import torch
 
 from plquant.block_module import BlockModule
 from plquant.formats.checkpoint import effective_bits, predicted_bytes
-from plquant.parts.affine import Affine
-from plquant.parts.reassembly import Reassembly
 from plquant.quant.grid import ActivationGrid, IntGrid
 
 LATER = 100 * 2**20  # bytes of libraries that are loaded as a run goes on, measured on Linux
@@ -91,11 +89,10 @@ class Plan:
 
 
 def _runs_in(shapes: Mapping[str, object], method: BlockModule, activations: ActivationGrid | None) -> str:
-    gathers = any(isinstance(part, Reassembly) for part in method.parts)
-    matrices = any(isinstance(part, Affine) and part.options["online"] for part in method.parts)
+    operations = any(part.runs_later for part in method.parts)
     experts = any(".experts." in name for name in shapes)
-    if gathers or matrices or experts:
-        why = "run-time operations" if gathers or matrices else "experts"
+    if operations or experts:
+        why = "run-time operations" if operations else "experts"
         return f"plquant.load only ({why})"
     if activations is not None:
         return "plquant.load; stock transformers leaves attention in floating point"

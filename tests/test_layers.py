@@ -24,7 +24,7 @@ BELOW = {
     "block_checkpoint": ["files"],
     "data": ["evaluating"],
     "callbacks": ["block_module"],
-    "plan": ["quant", "formats", "parts", "block_module"],
+    "plan": ["quant", "formats", "block_module"],
     "perplexity": [],
     "weight_files": [],
     "sources": ["weight_files"],

@@ -61,7 +61,7 @@ class Affine(Part):
                 f"Affine's stability={stability} (--model.method.stability) is not a factor on the off-diagonals that "
                 "lets them move; choose more than 0, up to the paper's 1"
             )
-        self.lr = lr
+        self.lr, self.runs_later = lr, online is not None
         rotate = torch.Generator().manual_seed(seed) if start == "rotation" else None
         self.transforms: list[AffineMatrix | KroneckerAffine | QueryKeyMatrix] = []
         self.pairs: list[RotaryPairs] = []

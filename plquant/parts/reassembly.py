@@ -46,6 +46,7 @@ class Reassembly(Part):
     """
 
     place = "reassembly"
+    runs_later = True
 
     def __init__(self, block: QuantBlock, removal: Literal["drop", "merge"] = "drop", compensate: bool = True) -> None:
         super().__init__(block)

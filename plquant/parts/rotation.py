@@ -44,6 +44,7 @@ class Rotation(Part):
         if {"residual", "norms"} <= set(places):
             raise ValueError("Rotation's places have both residual and norms, which rotate the same channels: give one")
         self.seed, self.residual = seed, "residual" in places
+        self.runs_later = not set(places) <= {"values"}  # residual does where embeddings are tied
         rotate = torch.Generator().manual_seed(seed)
         for site in block.sites:
             transform: AffineMatrix | KroneckerAffine
