@@ -1,18 +1,9 @@
-"""The compiled half of the CPU kernels: cpu.cpp, built by the machine's C++ compiler when first needed, then kept.
-
-Nothing of torch is compiled, so that it takes seconds; the library lies in ``$XDG_CACHE_HOME/plquant`` (``~/.cache``)
-under a name made of its source and flags. ``CXX`` names another compiler.
-"""
+"""The compiled half of the CPU kernels, cpu.cpp."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -22,10 +13,11 @@ import torch
 from torch import Tensor
 
 from plquant.kernels.cpu_layout import Shape, Weight
+from plquant.native import compiler, library
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = [
-    *["-O2", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-mfma", "-mf16c"],
+    *["-O2", "-ffp-contract=off", "-mfma", "-mf16c"],
     *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
 ]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -113,36 +105,19 @@ def available() -> bool:
 def _missing() -> str:
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"it has kernels for x86, not for {platform.machine()}"
-    if _compiler() is None:
+    if compiler() is None:
         return "there is no C++ compiler; install g++ or clang++, or name one in CXX"
     return "" if _library().plquant_supported() else "the CPU lacks AVX512-BF16"
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-
-
 @cache
 def _library() -> ctypes.CDLL:
-    compiler = _compiler()
-    assert compiler is not None
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS]).encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plquant" / f"cpu-{key}.so"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-            built.replace(path)
-    library = ctypes.CDLL(str(path))
+    found = library(SOURCE, *FLAGS)
     weight, pointer, wide, narrow = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     few: list[Any] = [weight, pointer, narrow, narrow, wide, pointer, pointer, pointer, narrow]
     many: list[Any] = [weight, wide, wide, wide, pointer, narrow]
     rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, pointer, pointer, pointer]
-    library.plquant_few_rows.argtypes = few
-    library.plquant_dequantize.argtypes = many
-    library.plquant_quantize_rows.argtypes = rows
-    return library
+    found.plquant_few_rows.argtypes = few
+    found.plquant_dequantize.argtypes = many
+    found.plquant_quantize_rows.argtypes = rows
+    return found

@@ -141,7 +141,7 @@ def plain(
 def test_gradients_are_those_of_plain_autograd(
     sign: str, bits: int, axis: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plquant.quant.fake_quantize.piece_size", lambda _: 170)  # several, the last one shorter
+    monkeypatch.setattr("plquant.quant.in_pieces.piece_size", lambda _: 170)  # several, the last one shorter
     grid = IntGrid(bits, 8, symmetric, axis)  # type: ignore[arg-type]
     weight = random(32, 24)
     weight = {"mixed": weight, "positive": weight.abs(), "negative": -weight.abs()}[sign].requires_grad_()

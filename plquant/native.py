@@ -1,0 +1,45 @@
+"""C++ files of the package: built by the machine's compiler when first needed, then kept.
+
+Nothing of torch is compiled, so that it takes seconds; a library lies in ``$XDG_CACHE_HOME/plquant`` (``~/.cache``)
+under a name made of its source and flags. ``CXX`` names another compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+
+def compiler() -> str | None:
+    """The compiler's command, ``None`` if there is none."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+@cache
+def library(source: Path, *flags: str) -> ctypes.CDLL:
+    """The shared library made of one source file with these flags.
+
+    Raises:
+        RuntimeError: It does not compile; the message has what the compiler says.
+    """
+    command = compiler()
+    assert command is not None
+    flags = ("-std=c++17", "-shared", "-fPIC", "-fopenmp", *flags)
+    key = hashlib.sha256(source.read_bytes() + " ".join([command, *flags]).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plquant" / f"{source.stem}-{key}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            build = [command, *flags, str(source), "-o", str(built)]
+            done = subprocess.run(build, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(build)} failed:\n{done.stderr}")
+            built.replace(path)
+    return ctypes.CDLL(str(path))

@@ -1,0 +1,107 @@
+"""The quantizer in C++ against the one of plain operations."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from plquant.quant import in_pieces, native
+from plquant.quant.fake_quantize import fake_quantize, quantize_weight
+from plquant.quant.grid import IntGrid
+from plquant.quant.grouped import GroupedWeight
+
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
+GRIDS = st.builds(IntGrid, st.integers(2, 8), st.sampled_from([1, 3, 16, 64, 100]), st.booleans())
+SIGNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "with a NaN": lambda x: x.index_fill(-1, torch.tensor([0]), float("nan")),
+    "mixed": lambda x: x,
+    "positive": torch.abs,
+    "zero": torch.zeros_like,
+    "constant": torch.ones_like,
+}
+
+
+@st.composite
+def weights(draw: st.DrawFn, size: int, signs: list[str]) -> GroupedWeight:
+    """Five rows of three groups; every field but the first may be missing."""
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    groups = SIGNS[draw(st.sampled_from(signs))](torch.randn(5, 3, size)).to(draw(FLOATS))
+    low, high = torch.rand(2, 5, 3, 1) if draw(st.booleans()) else (None, None)
+    inner, outer, nudge = torch.rand(1, 3, size) + 0.5, torch.rand(5, 1, 1) + 0.5, torch.rand(5, 3, size) - 0.5
+    some = [tensor if draw(st.booleans()) else None for tensor in (inner, outer, nudge)]
+    return GroupedWeight(groups, some[0], some[1], low, high, some[2])
+
+
+@given(GRIDS, FLOATS, st.sampled_from(["float32", "bfloat16", "codes"]), st.data())
+def test_values_codes_and_ranges_agree_to_the_bit(
+    grid: IntGrid, scale_dtype: torch.dtype, out: str, data: st.DataObject
+) -> None:
+    weight = data.draw(weights(grid.size(0), list(SIGNS)))
+    integer = torch.int8 if grid.symmetric else torch.uint8
+    values = torch.zeros(2, *weight.groups.shape, dtype=integer if out == "codes" else getattr(torch, out))
+    assert native.takes(weight, scale_dtype, values)
+    found = native.quantize(weight, grid, scale_dtype, values[0])
+    expected = in_pieces.quantize(weight, grid, scale_dtype, values[1])
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=0, equal_nan=True)
+    if out != "codes" or torch.isfinite(weight.groups).all():  # a NaN has no code
+        torch.testing.assert_close(values[0], values[1], rtol=0, atol=0, equal_nan=True)
+
+
+@given(GRIDS, FLOATS, FLOATS, st.data())
+def test_gradients_agree(grid: IntGrid, scale_dtype: torch.dtype, dtype: torch.dtype, data: st.DataObject) -> None:
+    weight = data.draw(weights(grid.size(0), list(SIGNS)[1:]))
+    grad = torch.randn(weight.groups.shape).to(dtype)
+    ranges = in_pieces.quantize(weight, grid, scale_dtype, torch.empty_like(grad))
+    needed = tuple(field is not None and data.draw(st.booleans()) for field in weight)
+    found = native.gradients(weight, ranges, grid, grad, needed)
+    expected = in_pieces.gradients(weight, ranges, grid, grad, needed)
+    for name, asked, ours, theirs in zip(weight._fields, needed, found, expected, strict=True):
+        assert (ours is not None) == (theirs is not None) == asked, name
+        if ours is not None and theirs is not None:
+            near = 2e-2 if ours.dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(ours, theirs, rtol=near, atol=near * float(grad.abs().max()), equal_nan=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing_but_the_order_of_sums(threads: int) -> None:
+    torch.manual_seed(0)
+    weight, scale, upstream = torch.randn(7, 24), torch.rand(24) + 0.5, torch.randn(7, 24)
+    grid, before = IntGrid(3, 8), torch.get_num_threads()
+    scale.requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = fake_quantize(weight, grid, in_scale=scale)
+        return out.detach(), torch.autograd.grad(out, scale, upstream)[0]
+
+    torch.set_num_threads(1)
+    one = run()
+    torch.set_num_threads(threads)
+    many, again = run(), run()
+    torch.set_num_threads(before)
+    assert torch.equal(one[0], many[0]) and torch.equal(many[1], again[1])
+    torch.testing.assert_close(one[1], many[1])
+
+
+def test_what_it_does_not_take_goes_the_other_way_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(native, "quantize", fail)
+    quantize_weight(torch.randn(4, 8, dtype=torch.float64), IntGrid(3, 8))
+    quantize_weight(torch.randn(4, 8, dtype=torch.float16), IntGrid(3, 8))
+    with pytest.raises(AssertionError):
+        quantize_weight(torch.randn(4, 8), IntGrid(3, 8))
+
+
+def test_without_a_compiler_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = quantize_weight(torch.ones(4, 8), IntGrid(3, 8))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    native.available.cache_clear()
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        found = quantize_weight(torch.ones(4, 8), IntGrid(3, 8))
+    native.available.cache_clear()
+    assert torch.equal(found.codes, expected.codes)
