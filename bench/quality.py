@@ -28,6 +28,8 @@ REGIMES: dict[str, list[str]] = {
     "W4A16 g64": ["--model.weights.bits=4", "--model.weights.group_size=64"],
     "W3A16 g64": ["--model.weights.bits=3", "--model.weights.group_size=64"],
     "W2A16 g64": ["--model.weights.bits=2", "--model.weights.group_size=64"],
+    "W4A16": ["--model.weights.bits=4", "--model.weights.group_size=null"],
+    "W3A16": ["--model.weights.bits=3", "--model.weights.group_size=null"],
     "W4A4": ["--model.weights.bits=4", "--model.weights.group_size=null", "--model.activations.bits=4"],
     "W6A6": ["--model.weights.bits=6", "--model.weights.group_size=null", "--model.activations.bits=6"],
 }
@@ -38,6 +40,7 @@ COMPOSED: dict[str, dict[str, str]] = {
     },
     "activations": {
         "OmniQuant + GPTQ": "LET, LWC, GPTQRounding",
+        "OmniQuant + reassembly": "LET, Reassembly, LWC",
         "OmniQuant + QLLM": "LET, Reassembly, LowRank, LWC, GPTQRounding",
         "AffineQuant + QLLM": "LET, Affine, Reassembly, LowRank, LWC, GPTQRounding",
         "AffineQuant rotated": "{class_path: LET, init_args: {lr: 1e-2}}, "
