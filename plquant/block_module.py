@@ -180,6 +180,8 @@ class BlockModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Where it starts from, should no epoch be better (a NaN is not)."""
+        for linear in self.block.linears.values():
+            linear.settle()
         if self._resumed is not None:
             self._go_on(self._resumed)
             return

@@ -53,6 +53,7 @@ class FakeQuantLinear(nn.Module):
         self.corrections = Corrections()
         self.inputs: ActivationQuantizer | None = None
         self.watch: Callable[[Tensor, Tensor], None] | None = None
+        self._settled: ScaledWeight | None = None
 
     @property
     def in_features(self) -> int:
@@ -72,7 +73,14 @@ class FakeQuantLinear(nn.Module):
 
     def forget_corrections(self) -> None:
         """Round to nearest, over the full range; transforms stay, others count on them."""
-        self.clip, self.nudge, self.corrections = None, None, Corrections()
+        self.clip, self.nudge, self.corrections, self._settled = None, None, Corrections(), None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Compute the transformed weight once, where nothing that it is made of is learned, as fixed rotations."""
+        made_of = nn.ModuleList([self.reads, self.writes, self.corrections])
+        if not any(parameter.requires_grad for parameter in made_of.parameters()):
+            self._settled = self.transformed()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -106,6 +114,8 @@ class FakeQuantLinear(nn.Module):
 
     def transformed(self) -> ScaledWeight:
         """The weight that is rounded: after all transforms and corrections."""
+        if self._settled is not None:
+            return self._settled
         weight = ScaledWeight(self.weight)
         for transform, rows in zip(self.writes, self.write_rows, strict=True):
             weight = transform.write_weight(weight, rows)

@@ -1,7 +1,7 @@
 """Quantize and dequantize a weight in one differentiable step: what a calibration step does to every linear.
 
 One autograd function, because this is what a step costs beside its matmuls. It keeps no copy of the weight. On a CPU
-the work is that of fake_quantize.cpp, elsewhere and in fp64 that of ``in_pieces``; they agree to the bit in codes and
+the work is that of quantize.cpp, elsewhere and in fp64 that of ``in_pieces``; they agree to the bit in codes and
 scales. ``quantize_weight`` (the fold) and ``fake_quantize`` (the forward) share ``_quantize``: their codes agree.
 
 Letters: R, G, g as in ``affine``; s scale, z zero-point, u = w / s, v what moves the rounding (0 unless it is learned),

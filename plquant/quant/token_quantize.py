@@ -1,7 +1,9 @@
 """Quantize activations token by token, with the range that each token has at that moment.
 
 A row is a token's channels (or those of one of its heads). Its range includes zero, its zero-point fits its bits, the
-arithmetic is fp32 whatever the dtype of ``x``: in bf16 the quotient ``x / s`` alone is off by a level at 8 bits.
+arithmetic is fp32 whatever the dtype of ``x``: in bf16 the quotient ``x / s`` alone is off by a level at 8 bits. On a
+CPU the work is that of quantize.cpp, elsewhere and in fp64 that of the operations below; codes and scales agree to the
+bit.
 
 Letters: K channels of a row, R rows, s scale, z zero-point, Q = 2^b - 1, o offset, u = x / s,
 n = clamp(round(u + o), qmin - z, qmax - z).
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from plquant.quant import native
 from plquant.quant.affine import choose_qparams
 from plquant.quant.fake_quantize import Clip
 from plquant.quant.grid import IntGrid
@@ -78,14 +81,45 @@ def _clamped(rounded: Tensor, zero_point: Tensor, grid: IntGrid, out: Tensor | N
     return torch.minimum(steps, grid.qmax - zero_point, out=steps)
 
 
-def _quantized(
-    rows: Tensor, offset: Tensor | None, clip: Clip | None, grid: IntGrid
-) -> Iterator[tuple[slice, Tensor, _Range]]:
-    """Every piece of ``rows`` as steps n and ranges: the single place where codes are made."""
+def _quantize(
+    rows: Tensor, offset: Tensor | None, low: Tensor | None, high: Tensor | None, grid: IntGrid, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill ``out`` with values or codes, the single place where they are made; scale and zero-point, each [R, 1]."""
+    if native.takes_rows(rows, (offset, low, high), out):
+        return native.quantize_rows(rows, offset, low, high, grid, out)
+    kept = []
     for piece, x in _pieces(rows):
-        found = _choose(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), clip, grid)
+        found = _choose(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), _pair(low, high), grid)
         rounded = x / found.scale if offset is None else (x / found.scale).add_(offset)
-        yield piece, _clamped(rounded.round_(), found.zero_point, grid, out=rounded), found
+        steps = _clamped(rounded.round_(), found.zero_point, grid, out=rounded)
+        out[piece] = steps.mul_(found.scale) if out.is_floating_point() else steps.add_(found.zero_point)
+        kept.append((found.scale, found.zero_point))
+    scale, zero_point = zip(*kept, strict=True)
+    return torch.cat(scale), torch.cat(zero_point)
+
+
+def _gradients(
+    rows: Tensor, offset: Tensor | None, low: Tensor | None, high: Tensor | None, grid: IntGrid, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of the rows and of the two shares."""
+    if native.takes_rows(rows, (offset, low, high), grad):
+        return native.row_gradients(rows, offset, low, high, grid, grad)
+    clip = _pair(low, high)
+    g_rows = torch.empty_like(rows)
+    g_clip = [None if share is None else torch.zeros_like(share) for share in (low, high)]
+    for piece, x in _pieces(rows):
+        ends = x.min(-1, keepdim=True), x.max(-1, keepdim=True)
+        found = _choose(ends[0].values, ends[1].values, clip, grid)
+        g_x = grad[piece].to(x.dtype, copy=True)
+        g_ends = _straight_through_(g_x, x, offset, found, clip is not None, grid)
+        for sign, (value, index), g_end, share, g_share in zip((-1, 1), ends, g_ends, (low, high), g_clip, strict=True):
+            # Where all elements lie on one side of zero the range ends at zero, which no element moves.
+            g_end = torch.where(sign * value > 0, g_end, 0)
+            if g_share is not None:
+                g_share += (g_end * value).sum()
+            g_x.scatter_add_(-1, index, g_end if share is None else g_end * share)
+        g_rows[piece] = g_x
+    return g_rows, g_clip[0], g_clip[1]
 
 
 class _QuantizeTokens(torch.autograd.Function):
@@ -98,31 +132,14 @@ class _QuantizeTokens(torch.autograd.Function):
         ctx.grid = grid
         ctx.save_for_backward(rows, offset, low, high)
         out = torch.empty_like(rows)
-        for piece, steps, found in _quantized(rows, offset, _pair(low, high), grid):
-            out[piece] = steps.mul_(found.scale)
+        _quantize(rows, offset, low, high, grid, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, offset, low, high = ctx.saved_tensors
-        clip = _pair(low, high)
-        g_rows = torch.empty_like(rows)
-        g_clip = [None if share is None else torch.zeros_like(share) for share in (low, high)]
-        for piece, x in _pieces(rows):
-            ends = x.min(-1, keepdim=True), x.max(-1, keepdim=True)
-            found = _choose(ends[0].values, ends[1].values, clip, ctx.grid)
-            g_x = grads[0][piece].to(x.dtype, copy=True)
-            g_ends = _straight_through_(g_x, x, offset, found, clip is not None, ctx.grid)
-            for sign, (value, index), g_end, share, g_share in zip(
-                (-1, 1), ends, g_ends, (low, high), g_clip, strict=True
-            ):
-                # Where all elements lie on one side of zero the range ends at zero, which no element moves.
-                g_end = torch.where(sign * value > 0, g_end, 0)
-                if g_share is not None:
-                    g_share += (g_end * value).sum()
-                g_x.scatter_add_(-1, index, g_end if share is None else g_end * share)
-            g_rows[piece] = g_x
-        return g_rows, None, *g_clip, None
+        g_rows, g_low, g_high = _gradients(rows, offset, low, high, ctx.grid, grads[0])
+        return g_rows, None, g_low, g_high, None
 
 
 def _pair(low: Tensor | None, high: Tensor | None) -> Clip | None:
@@ -168,7 +185,7 @@ def quantize_tokens(
     """
     low, high = clip if clip is not None else (None, None)
     grid = IntGrid(bits, None, symmetric)
-    return _QuantizeTokens.apply(x.reshape(-1, x.shape[-1]), offset, low, high, grid).view(x.shape)
+    return _QuantizeTokens.apply(x.reshape(-1, x.shape[-1]).contiguous(), offset, low, high, grid).view(x.shape)
 
 
 @torch.no_grad()
@@ -176,12 +193,10 @@ def token_codes(
     x: Tensor, bits: int, symmetric: bool = False, offset: Tensor | None = None, clip: Clip | None = None
 ) -> TokenCodes:
     """The codes behind ``quantize_tokens`` of the same arguments."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     codes = torch.empty_like(rows, dtype=torch.int8 if symmetric else torch.uint8)
-    scale = torch.empty_like(rows[:, :1], dtype=torch.promote_types(x.dtype, torch.float32))
-    zero_point = torch.empty_like(scale, dtype=torch.uint8)
-    for piece, steps, found in _quantized(rows, offset, clip, IntGrid(bits, None, symmetric)):
-        codes[piece] = steps.add_(found.zero_point)
-        scale[piece], zero_point[piece] = found.scale, found.zero_point
+    low, high = clip if clip is not None else (None, None)
+    scale, zero_point = _quantize(rows, offset, low, high, IntGrid(bits, None, symmetric), codes)
     per_row = (*x.shape[:-1], 1)
-    return TokenCodes(codes.view(x.shape), scale.view(per_row), None if symmetric else zero_point.view(per_row))
+    kept = None if symmetric else zero_point.to(torch.uint8).view(per_row)
+    return TokenCodes(codes.view(x.shape), scale.view(per_row), kept)

@@ -1,4 +1,4 @@
-"""The quantizer in C++ against the one of plain operations."""
+"""The quantizers in C++ against those of plain operations."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plquant.quant import in_pieces, native
+from plquant.quant import in_pieces, native, token_quantize
 from plquant.quant.fake_quantize import fake_quantize, quantize_weight
 from plquant.quant.grid import IntGrid
 from plquant.quant.grouped import GroupedWeight
@@ -63,6 +63,40 @@ def test_gradients_agree(grid: IntGrid, scale_dtype: torch.dtype, dtype: torch.d
         if ours is not None and theirs is not None:
             near = 2e-2 if ours.dtype == torch.bfloat16 else 1e-4
             torch.testing.assert_close(ours, theirs, rtol=near, atol=near * float(grad.abs().max()), equal_nan=True)
+
+
+@given(
+    *[st.integers(2, 8), st.booleans(), FLOATS, st.sampled_from(["values", "codes"]), st.sampled_from([1, 3, 64, 100])],
+    *[st.booleans(), st.booleans(), st.sampled_from([-3.0, 0.0, 3.0]), st.integers(0, 10_000)],
+)
+def test_rows_agree(
+    bits: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    out: str,
+    width: int,
+    clips: bool,
+    shifts: bool,
+    mean: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    grid, rows, grad = IntGrid(bits, None, symmetric), (torch.randn(7, width) + mean).to(dtype), torch.randn(7, width)
+    offset = torch.rand(width) - 0.5 if shifts else None
+    low, high = (torch.tensor(0.7), torch.tensor(0.9)) if clips else (None, None)
+    integer = torch.int8 if symmetric else torch.uint8
+    values = torch.zeros(2, 7, width, dtype=integer if out == "codes" else dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        found = token_quantize._quantize(rows, offset, low, high, grid, values[0])
+        ours = token_quantize._gradients(rows, offset, low, high, grid, grad.to(dtype))
+        patch.setattr(native, "takes_rows", lambda *_: False)
+        expected = token_quantize._quantize(rows, offset, low, high, grid, values[1])
+        theirs = token_quantize._gradients(rows, offset, low, high, grid, grad.to(dtype))
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    near = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=near, atol=near * width**0.5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -1,8 +1,9 @@
-// What fake_quantize.py does to a weight, group by group: a group is read once, and all that is made of it stays in the
-// first-level cache. The same operations in the same order as those of in_pieces.py, in fp32 without contraction, so
-// that codes and scales agree to the bit; sums, which only gradients have, may differ in the order of their terms.
+// What fake_quantize.py does to a weight, group by group, and token_quantize.py to activations, row by row: each is read
+// once, and all that is made of it stays in the first-level cache. The same operations in the same order as those in
+// Python, in fp32 without contraction, so that codes and scales agree to the bit; sums, which only gradients have, may
+// differ in the order of their terms.
 //
-// Plain C++ that a compiler turns into vector instructions. Letters: R, G, g as in affine.py.
+// Plain C++ that a compiler turns into vector instructions. Letters: R, G, g as in affine.py; K channels of a row.
 
 #include <cmath>
 #include <cstdint>
@@ -16,7 +17,12 @@
 
 enum Dtype { F32 = 0, BF16 = 1, I8 = 2, U8 = 3 };
 
-// The same struct in native.py.
+// Codes from qmin to qmax.
+struct Grid {
+  int32_t qmin, qmax, symmetric, scale_dtype;
+};
+
+// These structs are the same in native.py.
 struct Weight {
   const void* groups;  // [R, G, g], F32 or BF16
   const float* inner;  // [G, g] or null
@@ -26,11 +32,12 @@ struct Weight {
   const float* nudge;  // [R, G, g] or null
   float* ranges;       // [6, R, G]: low, high, lo, hi, scale, zero_point
   int64_t rows, per_row, size;
-  int32_t dtype, scale_dtype, qmin, qmax, symmetric, threads;
+  Grid grid;
+  int32_t dtype, threads;
 };
 
 // Each may be null.
-struct Gradients {
+struct WeightGradients {
   void* groups;   // [R, G, g] in the weight's dtype
   float* inner;   // [threads, G, g], to be summed over threads
   float* outer;   // [R]
@@ -98,38 +105,57 @@ struct Range {
 
 static inline float clamped(float x, float least, float most) { return x < least ? least : x > most ? most : x; }
 
-static Range range_of(const Weight& w, int64_t at, const float* values) {
-  float low = 0, high = 0;
+// Scale and zero-point for the ends that are kept: choose_qparams.
+static inline void choose(const Grid& grid, Range& r) {
+  const float up = r.hi / grid.qmax, down = r.lo / grid.qmin;
+  r.scale = !grid.symmetric ? (r.hi - r.lo) / (grid.qmax - grid.qmin) : up != up || up > down ? up : down;
+  if (grid.scale_dtype == BF16) r.scale = from_bf16(to_bf16(r.scale));
+  const float tiny = std::numeric_limits<float>::min();
+  r.scale = r.scale < tiny ? tiny : r.scale;
+  r.zero_point = grid.symmetric ? 0 : clamped(nearbyintf(-r.lo / r.scale), grid.qmin, grid.qmax);
+}
+
+// The least and the greatest of some values and of `low` and `high`; not a number if one of them is not.
+static inline Range extremes(const float* values, int64_t size, float low, float high) {
   int32_t unordered = 0;
 #pragma omp simd reduction(min : low) reduction(max : high) reduction(| : unordered)
-  for (int64_t i = 0; i < w.size; i++) {
+  for (int64_t i = 0; i < size; i++) {
     low = values[i] < low ? values[i] : low;
     high = values[i] > high ? values[i] : high;
     unordered |= values[i] != values[i];
   }
   if (unordered) low = high = std::numeric_limits<float>::quiet_NaN();
-  Range r{low, high, low, high, 0, 0};
-  if (w.low) r.lo = low * w.low[at], r.hi = high * w.high[at];
-  float up = r.hi / w.qmax, down = r.lo / w.qmin;
-  r.scale = !w.symmetric ? (r.hi - r.lo) / (w.qmax - w.qmin) : up != up || up > down ? up : down;
-  if (w.scale_dtype == BF16) r.scale = from_bf16(to_bf16(r.scale));
-  const float tiny = std::numeric_limits<float>::min();
-  r.scale = r.scale < tiny ? tiny : r.scale;
-  r.zero_point = w.symmetric ? 0 : clamped(nearbyintf(-r.lo / r.scale), w.qmin, w.qmax);
+  return {low, high, low, high, 0, 0};
+}
+
+static Range range_of(const Weight& w, int64_t at, const float* values) {
+  Range r = extremes(values, w.size, 0, 0);
+  if (w.low) r.lo = r.low * w.low[at], r.hi = r.high * w.high[at];
+  choose(w.grid, r);
   return r;
 }
 
 // Steps before they are clamped, relative to the zero-point.
-static inline void rounded(const Weight& w, int64_t at, float scale, const float* __restrict values,
+static inline void rounded(const float* nudge, int64_t size, float scale, const float* __restrict values,
                            float* __restrict to) {
-  if (w.nudge) {
-    const float* nudge = w.nudge + at * w.size;
+  if (nudge) {
 #pragma omp simd
-    for (int64_t i = 0; i < w.size; i++) to[i] = nearbyintf(values[i] / scale + nudge[i]);
+    for (int64_t i = 0; i < size; i++) to[i] = nearbyintf(values[i] / scale + nudge[i]);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < w.size; i++) to[i] = nearbyintf(values[i] / scale);
+    for (int64_t i = 0; i < size; i++) to[i] = nearbyintf(values[i] / scale);
   }
+}
+
+// Rounded steps to values, or to codes, of that dtype.
+static inline void finish(const Grid& grid, const Range& r, float* steps, int64_t size, void* out, int64_t at,
+                          int dtype) {
+  const float least = grid.qmin - r.zero_point, most = grid.qmax - r.zero_point;
+  const bool codes = dtype == I8 || dtype == U8;
+  const float times = codes ? 1 : r.scale, plus = codes ? r.zero_point : 0;
+#pragma omp simd
+  for (int64_t i = 0; i < size; i++) steps[i] = clamped(steps[i], least, most) * times + plus;
+  write(steps, out, at, dtype, size);
 }
 
 // Values, to F32 or BF16, or codes, to I8 or U8.
@@ -148,13 +174,8 @@ extern "C" void plquant_quantize(const Weight* weight, void* out, int32_t dtype)
         const Range r = range_of(w, at, values);
         const float all[6] = {r.low, r.high, r.lo, r.hi, r.scale, r.zero_point};
         for (int64_t i = 0; i < 6; i++) w.ranges[i * count + at] = all[i];
-        rounded(w, at, r.scale, values, steps);
-        const float least = w.qmin - r.zero_point, most = w.qmax - r.zero_point;
-        const bool codes = dtype == I8 || dtype == U8;
-        const float times = codes ? 1 : r.scale, plus = codes ? r.zero_point : 0;
-#pragma omp simd
-        for (int64_t i = 0; i < w.size; i++) steps[i] = clamped(steps[i], least, most) * times + plus;
-        write(steps, out, at * w.size, dtype, w.size);
+        rounded(w.nudge ? w.nudge + at * w.size : nullptr, w.size, r.scale, values, steps);
+        finish(w.grid, r, steps, w.size, out, at * w.size, dtype);
       }
     }
   }
@@ -165,34 +186,38 @@ struct Ends {
   float lo, hi;
 };
 
+// scale = max(hi / qmax, lo / qmin), and zero_point = 0.
+static inline Ends symmetric_ends(const Grid& grid, const Range& r, float g_scale) {
+  const bool from_hi = r.hi / grid.qmax >= r.lo / grid.qmin;
+  return from_hi ? Ends{0, g_scale / grid.qmax} : Ends{g_scale / grid.qmin, 0};
+}
+
 // The group's gradient with its range held fixed, to `passed`, and the gradients of its ends.
 static Ends straight_through(const Weight& w, const Range& r, const float* __restrict values,
                              const float* __restrict steps, const float* __restrict grad, float* __restrict passed) {
-  const float below = w.qmin - 0.5f, above = w.qmax + 0.5f;
+  const Grid& grid = w.grid;
+  const float below = grid.qmin - 0.5f, above = grid.qmax + 0.5f;
   float g_scale = 0, total = 0, inside = 0, through = 0;
 #pragma omp simd reduction(+ : g_scale, total, inside, through)
   for (int64_t i = 0; i < w.size; i++) {
     const float code = steps[i] + r.zero_point;
     passed[i] = code <= below || code >= above ? 0 : grad[i];
-    g_scale += clamped(code, w.qmin, w.qmax) * grad[i];
+    g_scale += clamped(code, grid.qmin, grid.qmax) * grad[i];
     total += grad[i];
     inside += passed[i];
     through += passed[i] * values[i];
   }
-  if (w.symmetric) {  // scale = max(hi / qmax, lo / qmin), and zero_point = 0
-    g_scale -= through / r.scale;
-    return r.hi / w.qmax >= r.lo / w.qmin ? Ends{0, g_scale / w.qmax} : Ends{g_scale / w.qmin, 0};
-  }
+  if (grid.symmetric) return symmetric_ends(grid, r, g_scale - through / r.scale);
   const float clipped = total - inside;
-  const float g_hi =
-      (g_scale - r.zero_point * total - (through + clipped * r.lo) / r.scale) / (w.qmax - w.qmin);
+  const float of_scale = g_scale - r.zero_point * total - (through + clipped * r.lo) / r.scale;
+  const float g_hi = of_scale / (grid.qmax - grid.qmin);
   return {clipped - g_hi, g_hi};
 }
 
 extern "C" void plquant_quantize_backward(const Weight* weight, const void* out, int32_t out_dtype,
-                                          const Gradients* gradients) {
+                                          const WeightGradients* gradients) {
   const Weight& w = *weight;
-  const Gradients& g = *gradients;
+  const WeightGradients& g = *gradients;
   const int64_t count = w.rows * w.per_row, width = w.per_row * w.size;
 #pragma omp parallel num_threads(w.threads)
   {
@@ -208,7 +233,7 @@ extern "C" void plquant_quantize_backward(const Weight* weight, const void* out,
         const Range r{all[0], all[1], all[2], all[3], all[4], all[5]};
         read(out, at * w.size, out_dtype, w.size, grad);
         product(w, row, group, values);
-        rounded(w, at, r.scale, values, steps);
+        rounded(w.nudge ? w.nudge + at * w.size : nullptr, w.size, r.scale, values, steps);
         const Ends ends = straight_through(w, r, values, steps, grad, passed);
         if (g.low) g.low[at] = ends.lo * r.low, g.high[at] = ends.hi * r.high;
         if (g.nudge) {
@@ -269,6 +294,91 @@ extern "C" void plquant_quantize_backward(const Weight* weight, const void* out,
       const int64_t thread = 0;
 #endif
       memcpy(g.inner + thread * width, sums.data(), width * sizeof(float));
+    }
+  }
+}
+
+struct Rows {
+  const void* values;   // [R, K], F32 or BF16
+  const float* offset;  // [K] or null
+  const float* low;     // share of the range, a scalar or null
+  const float* high;
+  int64_t rows, size;
+  Grid grid;
+  int32_t dtype, threads;
+};
+
+static Range row_range(const Rows& x, const float* values) {
+  Range r = extremes(values, x.size, std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity());
+  r.lo = r.low > 0 ? 0 : r.low, r.hi = r.high < 0 ? 0 : r.high;
+  if (x.low) r.lo *= *x.low, r.hi *= *x.high;
+  choose(x.grid, r);
+  return r;
+}
+
+// Values in the dtype of the rows, or codes; scale and zero_point [R] may be null.
+extern "C" void plquant_quantize_rows(const Rows* all, void* out, int32_t dtype, float* scale, float* zero_point) {
+  const Rows& x = *all;
+#pragma omp parallel num_threads(x.threads)
+  {
+    std::vector<float> memory(2 * x.size);
+    float *values = memory.data(), *steps = values + x.size;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < x.rows; row++) {
+      read(x.values, row * x.size, x.dtype, x.size, values);
+      const Range r = row_range(x, values);
+      if (scale) scale[row] = r.scale, zero_point[row] = r.zero_point;
+      rounded(x.offset, x.size, r.scale, values, steps);
+      finish(x.grid, r, steps, x.size, out, row * x.size, dtype);
+    }
+  }
+}
+
+// Of rows: to `to`, in their dtype. Of the shares of their ranges: low and high [R], may be null.
+extern "C" void plquant_quantize_rows_backward(const Rows* all, const void* out, void* to, float* low, float* high) {
+  const Rows& x = *all;
+#pragma omp parallel num_threads(x.threads)
+  {
+    std::vector<float> memory(3 * x.size);
+    float *values = memory.data(), *steps = values + x.size, *grad = steps + x.size;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < x.rows; row++) {
+      read(x.values, row * x.size, x.dtype, x.size, values);
+      read(out, row * x.size, x.dtype, x.size, grad);
+      const Range r = row_range(x, values);
+      rounded(x.offset, x.size, r.scale, values, steps);
+      const float least = x.grid.qmin - r.zero_point, most = x.grid.qmax - r.zero_point;
+      float g_scale = 0, clipped = 0;
+      if (x.low) {
+#pragma omp simd reduction(+ : g_scale, clipped)
+        for (int64_t i = 0; i < x.size; i++) {
+          const float step = clamped(steps[i], least, most);
+          const float beyond = step == steps[i] ? 0 : grad[i];
+          g_scale += step * grad[i] - (grad[i] - beyond) * (values[i] / r.scale);
+          clipped += beyond;
+          grad[i] -= beyond;
+        }
+        if (!x.grid.symmetric) g_scale -= r.lo / r.scale * clipped;
+      } else {  // only the rounding of the zero-point can clip, by less than a step: straight-through as well
+#pragma omp simd reduction(+ : g_scale)
+        for (int64_t i = 0; i < x.size; i++)
+          g_scale += (clamped(steps[i], least, most) - values[i] / r.scale) * grad[i];
+      }
+      const float g_hi = g_scale / (x.grid.qmax - x.grid.qmin);
+      Ends ends = x.grid.symmetric ? symmetric_ends(x.grid, r, g_scale) : Ends{clipped - g_hi, g_hi};
+      // Where all values lie on one side of zero the range ends at zero, which no value moves.
+      if (!(r.low < 0)) ends.lo = 0;
+      if (!(r.high > 0)) ends.hi = 0;
+      if (low) low[row] = ends.lo * r.low, high[row] = ends.hi * r.high;
+      int32_t at_low = x.size - 1, at_high = x.size - 1;  // the first of equal ones
+#pragma omp simd reduction(min : at_low, at_high)
+      for (int32_t i = 0; i < (int32_t)x.size; i++) {
+        at_low = values[i] == r.low && i < at_low ? i : at_low;
+        at_high = values[i] == r.high && i < at_high ? i : at_high;
+      }
+      grad[at_low] += x.low ? ends.lo * *x.low : ends.lo;
+      grad[at_high] += x.high ? ends.hi * *x.high : ends.hi;
+      write(grad, to, row * x.size, x.dtype, x.size);
     }
   }
 }
