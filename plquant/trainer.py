@@ -256,7 +256,7 @@ class BlockwiseTrainer(L.Trainer):
             trainer = L.Trainer(**arguments | {"logger": self.loggers or False, "use_distributed_sampler": False})
             module.activations = activations
             if module.learnables():
-                trainer.fit(module, activations.shuffled(), ckpt_path=kept)
+                trainer.fit(module, activations.shuffled(), ckpt_path=kept, weights_only=True)
             else:  # with no epoch to train, fit is refused under DDP
                 trainer.limit_val_batches = 0
                 trainer.validate(module, activations.in_order(), verbose=False)
