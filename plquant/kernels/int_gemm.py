@@ -89,6 +89,13 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
     return IntWeight(padded.contiguous(), scale.reshape(-1).float(), zeros, sums, packed, columns)
 
 
+def int_weight(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, sums: Tensor, bits: int, in_features: int
+) -> IntWeight:
+    """One of its parts."""
+    return IntWeight(codes, scale, zero_point, sums, bits <= 4, in_features)
+
+
 def unpack(weight: IntWeight) -> Tensor:
     """The signed codes, int8 [O, I]."""
     codes = weight.codes

@@ -17,11 +17,14 @@ takes four words. A word holds codes of one row, those of c, and the code of (bl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from plquant.kernels.cpu_layout import Shape
 
 # Letters: O out_features, I in_features, both padded here; G number of groups.
 
@@ -82,6 +85,31 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def padded_size(out_features: int, in_features: int, bits: int) -> tuple[int, int]:
+    """Rows and columns that are stored."""
+    unit = max(BLOCK, 128 // (PLANES[bits][1] or PLANES[bits][0]))
+    return out_features + -out_features % ROWS, in_features + -in_features % unit
+
+
+def plane_sizes(out_features: int, in_features: int, bits: int) -> list[tuple[int, int, int]]:
+    """Shapes of ``words`` and, if there is one, ``high``."""
+    rows, columns = padded_size(out_features, in_features, bits)
+    return [(rows // ROWS, columns * plane // 128, 128) for plane in PLANES[bits] if plane]
+
+
+def axis_name(along_out: bool) -> Axis:
+    """The name of the axis that groups run along."""
+    return "out" if along_out else "in"
+
+
+def packed_weight(parts: Sequence[Tensor | None], shape: Shape, gain: float) -> PackedWeight:
+    """One of its tensors, in the order of ``PackedWeight``."""
+    words, high, scale, zero_point = parts
+    assert words is not None and scale is not None
+    sizes = (shape.group_size, axis_name(shape.along_out), shape.out_features, shape.in_features)
+    return PackedWeight(words, high, scale, zero_point, shape.bits, *sizes, gain)
+
+
 def why_not(shape: tuple[int, int], bits: int, group_size: int, axis: Axis) -> str | None:
     """What keeps a weight from this layout, or ``None``.
 
@@ -124,7 +152,9 @@ def pack(
     if codes.dtype == torch.int8:
         codes = codes.view(torch.uint8) + (1 << (bits - 1))  # uint8 wraps around, as it should
     first, second = PLANES[bits]
-    pad_rows, pad_columns = -rows % ROWS, -columns % max(BLOCK, 128 // (second or first))
+    pad_rows, pad_columns = (
+        padded - size for padded, size in zip(padded_size(rows, columns, bits), (rows, columns), strict=True)
+    )
     codes = torch.nn.functional.pad(codes, (0, pad_columns, 0, pad_rows))
     low = codes & ((1 << first) - 1) if second else codes
     words = _to_words(low, first, first, first)

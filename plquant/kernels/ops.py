@@ -1,6 +1,10 @@
-"""The ops ``torch.ops.plquant.*``: schemas, checks, shapes for the compiler, and the choice of a kernel by device.
+"""The ops ``torch.ops.plquant.*``: schemas, checks, and shapes for the compiler.
 
-Both take activations [..., K] of fp32, bf16 or fp16, and a weight as ``cpu_layout.lay_out`` makes it.
+All take activations [..., K] of fp32, bf16 or fp16, and a weight in one of the layouts of ``run_time``:
+
+    linear, quantized_linear                      ``cpu_layout.Weight``; in plain PyTorch where a CPU has no kernels
+    fragment_linear, fragment_quantized_linear    ``layout.PackedWeight``
+    integer_linear                                ``int_gemm.IntWeight``
 """
 
 from __future__ import annotations
@@ -11,23 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plquant.kernels import cpu, native, reference
+from plquant.kernels import cpu, layout, native, reference
 from plquant.kernels.cpu_layout import TILE, UNIT, Shape, Weight
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias"
+_FRAGMENTS = "Tensor codes, Tensor? high, Tensor scale, Tensor? zero_point, Tensor? bias"
+_INTEGERS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor sums, Tensor? bias"
 _SHAPE = "int out_features, int in_features, int bits, int group_size, bool along_out"
+_INPUTS = "int x_bits, bool x_symmetric, Tensor? x_offset"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+MOST_INTEGER_INPUTS = ((1 << 31) - 1) // 255**2  # whose sum of products fits 32 bits, whatever the codes
 
 _library = torch.library.Library("plquant", "DEF")
 _library.define(f"linear(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")
-_library.define(
-    f"quantized_linear(Tensor x, {_WEIGHT}, {_SHAPE}, int x_bits, bool x_symmetric, Tensor? x_offset) -> Tensor"
-)
-
-
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a weight with scales of this dtype has kernels on this device; without them the reference is used."""
-    return device.type == "cpu" and dtype in _DTYPES and native.available()
+_library.define(f"quantized_linear(Tensor x, {_WEIGHT}, {_SHAPE}, {_INPUTS}) -> Tensor")
+_library.define(f"fragment_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain) -> Tensor")
+_library.define(f"fragment_quantized_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain, {_INPUTS}) -> Tensor")
+_library.define(f"integer_linear(Tensor x, {_INTEGERS}, {_SHAPE}, ScalarType dtype, {_INPUTS}) -> Tensor")
 
 
 def _expect(condition: bool, name: str, expected: str, given: object) -> None:
@@ -48,15 +53,20 @@ def _sizes(shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _check(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, offset: Tensor | None = None) -> None:
     """Every argument fits the others."""
-    if x.dtype not in _DTYPES:
-        _expect(False, "x", "float32, bfloat16 or float16", x.dtype)
     codes, groups = _sizes(shape)
-    if x.ndim == 0 or x.shape[-1] != shape.in_features:
-        _expect(False, "x", f"of shape [..., {shape.in_features}]", list(x.shape))
+    _check_others(x, bias, shape, offset)
     _check_tensor(x, "codes", weight.codes, (torch.int16,), codes)
     _check_tensor(x, "scale", weight.scale, _DTYPES, groups)
     if weight.zero_point is not None:
         _check_tensor(x, "zero_point", weight.zero_point, (torch.uint8,), groups)
+
+
+def _check_others(x: Tensor, bias: Tensor | None, shape: Shape, offset: Tensor | None) -> None:
+    """What is no part of the weight."""
+    if x.dtype not in _DTYPES:
+        _expect(False, "x", "float32, bfloat16 or float16", x.dtype)
+    if x.ndim == 0 or x.shape[-1] != shape.in_features:
+        _expect(False, "x", f"of shape [..., {shape.in_features}]", list(x.shape))
     if bias is not None:
         _check_tensor(x, "bias", bias, (x.dtype,), (shape.out_features,))
     if offset is not None:
@@ -84,7 +94,7 @@ def _linear(
 ) -> Tensor:
     weight, shape = Weight(codes, scale, zero_point), Shape(*sizes)
     _check(x, weight, bias, shape)
-    if x.numel() and has_kernels(x.device, scale.dtype):
+    if x.numel() and _has_kernels(x.device):
         return cpu.linear(_rows(x, shape), weight, bias, shape).view(*x.shape[:-1], shape.out_features)
     return reference.linear(x, weight, bias, shape)
 
@@ -97,7 +107,7 @@ def _quantized_linear(
     _check(x, weight, bias, shape, inputs[2])
     if x.numel() == 0:
         return reference.linear(x, weight, bias, shape)
-    if has_kernels(x.device, scale.dtype):
+    if _has_kernels(x.device):
         rows = cpu.quantized_linear(_rows(x, shape), weight, bias, shape, *inputs)
         return rows.view(*x.shape[:-1], shape.out_features)
     return reference.quantized_linear(x, weight, bias, shape, *inputs)
@@ -111,10 +121,126 @@ def _fake(
     return x.new_empty(*x.shape[:-1], shape.out_features)
 
 
-# Other devices' kernels are called from the same two functions: until there are any, the reference is.
-for _name, _implementation in (("linear", _linear), ("quantized_linear", _quantized_linear)):
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cpu" and native.available()
+
+
+# ---- GPU -------------------------------------------------------------------------------------------------------------
+
+
+def _fragments(
+    x: Tensor, parts: tuple[Tensor, Tensor | None, Tensor, Tensor | None], bias: Tensor | None, *rest: Any
+) -> layout.PackedWeight:
+    """The weight of these arguments, checked."""
+    shape, gain, inputs = Shape(*rest[:5]), rest[5], rest[6:]
+    _check_others(x, bias, shape, inputs[2] if inputs else None)
+    axis = layout.axis_name(shape.along_out)
+    problem = layout.why_not((shape.out_features, shape.in_features), shape.bits, shape.group_size, axis)
+    if problem is not None:
+        raise ValueError(f"Expected arguments that the kernels' layout allows, but {problem}")
+    codes, high, scale, zero_point = parts
+    sizes = layout.plane_sizes(*shape[:3])
+    planes = [plane for plane in (codes, high) if plane is not None]
+    _expect(len(planes) == len(sizes), "high", f"{'a' if len(sizes) == 2 else 'no'} second plane", high)
+    for name, plane, size in zip(("codes", "high"), planes, sizes, strict=False):
+        _check_tensor(x, name, plane, (torch.int32,), size)
+    rows, columns = layout.padded_size(*shape[:3])
+    groups = (shape.groups, columns if shape.along_out else rows)
+    _check_tensor(x, "scale", scale, _HALVES, groups)
+    if zero_point is not None:
+        _check_tensor(x, "zero_point", zero_point, (scale.dtype,), groups)
+    return layout.packed_weight(parts, shape, gain)
+
+
+def _fragment_linear(
+    x: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    weight, inputs = _fragments(x, (codes, high, scale, zero_point), bias, *rest), rest[6:]
+    if x.numel() == 0:
+        return x.new_zeros(*x.shape[:-1], weight.out_features)
+    from plquant.kernels import gpu  # needs triton
+
+    rows = x.reshape(-1, weight.in_features).contiguous()
+    out = gpu.quantized_linear(rows, weight, bias, *inputs) if inputs else gpu.linear(rows, weight, bias)
+    return out.view(*x.shape[:-1], weight.out_features)
+
+
+def _fake_fragment_linear(
+    x: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _fragments(x, (codes, high, scale, zero_point), bias, *rest).out_features)
+
+
+def _check_integers(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    sums: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> Shape:
+    shape, dtype, inputs = Shape(*rest[:5]), rest[5], rest[6:]
+    _check_others(x, bias, shape, inputs[2])
+    _expect(dtype in _HALVES, "dtype", "bfloat16 or float16", dtype)
+    _expect(2 <= inputs[0] <= 8, "x_bits", "2 to 8", inputs[0])
+    whole = not shape.along_out and shape.groups == 1
+    _expect(whole, "group_size", f"{shape.in_features}, one scale per output", shape.group_size)
+    padded = -(-shape.in_features // 128) * 128
+    _check_tensor(x, "codes", codes, (torch.int8,), (shape.out_features, padded // 2 if shape.bits <= 4 else padded))
+    _check_tensor(x, "scale", scale, (torch.float32,), (shape.out_features,))
+    _check_tensor(x, "sums", sums, (torch.int32,), (shape.out_features,))
+    if zero_point is not None:
+        _check_tensor(x, "zero_point", zero_point, (torch.int32,), (shape.out_features,))
+    return shape
+
+
+def _integer_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    sums: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    shape = _check_integers(x, codes, scale, zero_point, sums, bias, *rest)
+    if x.numel() == 0:
+        return x.new_zeros(*x.shape[:-1], shape.out_features)
+    from plquant.kernels import gpu, int_gemm  # need triton
+
+    weight = int_gemm.int_weight(codes, scale, zero_point, sums, shape.bits, shape.in_features)
+    return gpu.integer_linear(_rows(x, shape), weight, bias, *rest[5:]).view(*x.shape[:-1], shape.out_features)
+
+
+def _fake_integer_linear(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _check_integers(x, *arguments).out_features)
+
+
+for _name, _implementation, _shapes in (
+    ("linear", _linear, _fake),
+    ("quantized_linear", _quantized_linear, _fake),
+    ("fragment_linear", _fragment_linear, _fake_fragment_linear),
+    ("fragment_quantized_linear", _fragment_linear, _fake_fragment_linear),
+    ("integer_linear", _integer_linear, _fake_integer_linear),
+):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"plquant::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"plquant::{_name}", _shapes, lib=_library)
 
 linear = torch.ops.plquant.linear
 quantized_linear = torch.ops.plquant.quantized_linear
+fragment_linear = torch.ops.plquant.fragment_linear
+fragment_quantized_linear = torch.ops.plquant.fragment_quantized_linear
+integer_linear = torch.ops.plquant.integer_linear

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plquant.formats.packing import pack, unpack
-from plquant.kernels import ops
-from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
+from plquant.kernels import run_time
+from plquant.kernels.cpu_layout import Shape
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.quant.affine import QTensor
 from plquant.quant.grid import IntGrid
+
+STORED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 class PackedLinear(nn.Module):
@@ -38,9 +40,7 @@ class PackedLinear(nn.Module):
     weight_shape: Tensor
     weight_zero_point: Tensor
     bias: Tensor | None
-    codes: Tensor
     scale: Tensor
-    zero_point: Tensor | None
 
     def __init__(self, weight: QTensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -49,7 +49,8 @@ class PackedLinear(nn.Module):
         for name, tensor in pack(weight).items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
-        self.prepared: Shape | None = None
+        self.prepared: run_time.RunTime | None = None
+        self.kernels = False  # wanted, wherever the weight goes
         self.online: nn.Module | None = None
         self.inputs: ActivationQuantizer | None = None
 
@@ -69,33 +70,50 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def prepare_(self) -> None:
-        """Lay the weight out for the kernels of its device; nothing is done where there are none for it."""
+        """Lay the weight out for the kernels of its device, and again when it is moved to another.
+
+        Nothing is done where there are no kernels for it.
+        """
+        self.kernels = True
+        if self.prepared is not None:
+            return
+        along_out, shape = self.grid.axis == "out", (self.out_features, self.in_features)
+        sizes = Shape(*shape, self.grid.bits, self.grid.size(self.grid.grouped_width(shape)), along_out)
         scale = self.weight_scale
-        if not ops.has_kernels(scale.device, scale.dtype):
+        kind = run_time.kind(scale.device, scale.dtype, sizes, self.inputs is not None)
+        if kind is None:
             return
         weight, middle = self.quantized(), 1 << (self.grid.bits - 1)
-        along_out, size = self.grid.axis == "out", self.grid.size(self.grid.grouped_width(weight.codes.shape))
-        self.prepared = Shape(self.out_features, self.in_features, self.grid.bits, size, along_out)
         codes = weight.codes.view(torch.uint8) + middle if self.grid.symmetric else weight.codes
-        for name in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"):
+        for name in STORED:
             self._buffers.pop(name, None)
-        for name, tensor in lay_out(codes, scale, weight.zero_point, self.prepared)._asdict().items():
+        self.prepared, tensors = kind.lay_out(run_time.Affine(codes, scale, weight.zero_point), sizes)
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def _restore_(self) -> None:
+        """Undo ``prepare_``."""
+        assert self.prepared is not None
+        stored = pack(self.quantized())
+        for name in self.prepared.names:
+            del self._buffers[name]
+        self.prepared = None
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
 
     def quantized(self) -> QTensor:
         """The codes, scale and zero-point, unpacked."""
         if self.prepared is not None:
-            codes, scale = codes_of(self._weight(), self.prepared), per_group_of(self.scale, self.prepared)
-            if self.zero_point is None:
-                return QTensor((codes - (1 << (self.grid.bits - 1))).view(torch.int8), scale, None, self.grid)
-            return QTensor(codes, scale, per_group_of(self.zero_point, self.prepared), self.grid)
+            codes, scale, zero_point = self.prepared.restore(self._tensors())
+            signed = (codes - (1 << (self.grid.bits - 1))).view(torch.int8) if self.grid.symmetric else codes
+            return QTensor(signed, scale, zero_point, self.grid)
         tensors = {name: tensor for name, tensor in self.named_buffers(recurse=False) if name != "bias"}
         return unpack(tensors, torch.Size((self.out_features, self.in_features)), self.grid)
 
     @property
     def scale_dtype(self) -> torch.dtype:
         """Dtype of the stored scale."""
-        return self.weight_scale.dtype if self.prepared is None else self.scale.dtype
+        return self.weight_scale.dtype if self.prepared is None else self.prepared.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -104,14 +122,26 @@ class PackedLinear(nn.Module):
         if self.prepared is None:
             x = x if self.inputs is None else self.inputs(x)
             return F.linear(x, self.quantized().dequantize().to(x.dtype), bias)
-        weight, shape = (*self._weight(), bias), self.prepared
-        if self.inputs is None:
-            return ops.linear(x, *weight, *shape)
-        inputs = self.inputs
-        return ops.quantized_linear(x, *weight, *shape, inputs.bits, inputs.symmetric, inputs.offset)
+        inputs = None
+        if self.inputs is not None:
+            inputs = run_time.Inputs(self.inputs.bits, self.inputs.symmetric, self.inputs.offset)
+        return self.prepared.linear(x, self._tensors(), bias, inputs)
 
-    def _weight(self) -> Weight:
-        return Weight(self.codes, self.scale, self.zero_point)
+    def _tensors(self) -> run_time.Tensors:
+        assert self.prepared is not None
+        return {name: self._buffers[name] for name in self.prepared.names}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``to`` and the like: another device or dtype has kernels of its own, or none."""
+        if self.prepared is not None:
+            device, dtype = self.scale.device, self.prepared.dtype
+            probe = fn(torch.empty(0, dtype=dtype, device=device))
+            if (probe.device, probe.dtype) != (device, dtype):
+                self._restore_()
+        super()._apply(fn, recurse)
+        if self.kernels:
+            self.prepare_()
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
