@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from plquant import transformers_hook
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ _PUBLIC = {
     "load": "plquant.packed_model",
 }
 _MODULES = ("data", "methods")
+
+transformers_hook.install()
 
 __all__ = ["ActivationGrid", "BlockwiseTrainer", "IntGrid", "QuantizedLM", "__version__", "data", "load", "methods"]
 

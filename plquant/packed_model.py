@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from plquant.architectures.moe import Experts, unfuse_experts_
-from plquant.formats.checkpoint import packed_linears, tensor_names
+from plquant.formats.checkpoint import names_in, packed_linears, tensor_names
 from plquant.formats.quantization_config import (
     activations_of,
     attention_of,
@@ -37,18 +38,17 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         stored: The ``quantization_config`` of config.json.
-        tensors: Names of all tensors in the folder.
         kernels: Lay weights out for kernels.
     """
 
-    def __init__(self, stored: dict[str, Any], tensors: list[str], kernels: bool = True, **kwargs: Any) -> None:
+    def __init__(self, stored: dict[str, Any], kernels: bool = True, **kwargs: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.stored, self.tensors, self.kernels = stored, tensors, kernels
+        self.stored, self.kernels = stored, kernels
 
-    def structure(self) -> PackedStructure:
-        """What the model consists of."""
+    def structure(self, tensors: Iterable[str]) -> PackedStructure:
+        """What a model with these tensors consists of."""
         return PackedStructure(
-            grids_of(self.stored, packed_linears(self.tensors)),
+            grids_of(self.stored, packed_linears(tensors)),
             activations_of(self.stored),
             attention_of(self.stored),
             online_of(self.stored),
@@ -61,11 +61,16 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         config = self.quantization_config
         assert isinstance(config, PackedConfig)
+        if checkpoint_files is None:
+            raise ValueError("a model quantized by plquant is opened from the files of its folder only")
+        tensors = names_in(checkpoint_files)
         unfuse_experts_(model)
-        config.structure().build_(model, set(config.tensors))
+        config.structure(tensors).build_(model, set(tensors))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -130,10 +135,8 @@ def load(
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         raise ValueError(f"{folder} holds no quantized model; give the output folder of `plquant calibrate`")
-    tensors = tensor_names(Path(folder))
-    PackedConfig(stored, tensors).structure()  # refuses other formats
-    given = {"stored": stored, "tensors": tensors, "kernels": kernels}
-    config.quantization_config = {"quant_method": QUANT_METHOD, **given}
+    PackedConfig(stored).structure(tensor_names(Path(folder)))  # refuses other formats
+    config.quantization_config = {"quant_method": QUANT_METHOD, "stored": stored, "kernels": kernels}
     lm = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
     )

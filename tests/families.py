@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from plquant.architectures.moe import unfuse_experts_
@@ -55,6 +56,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 48}),
     "qwen3_moe": ("qwen3_moe", {**_MOE, "num_experts": 8, "head_dim": 8}),
 }
+
+
+def stock(folder: str | Path) -> PreTrainedModel:
+    """A folder opened by transformers' own quantizer, which ``import plquant`` does not replace where one is named."""
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=CompressedTensorsConfig()).eval()
 
 
 def attention_names(lm: nn.Module) -> list[str]:

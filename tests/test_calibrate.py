@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import plquant as pq
 from plquant.cli import main
@@ -21,7 +21,7 @@ from plquant.formats.checkpoint import predicted_bytes
 from plquant.nn.packed_linear import PackedLinear
 from plquant.report import Report
 from plquant.run_folder import RunFolder
-from tests.families import tiny_model
+from tests.families import stock, tiny_model
 
 IDS = torch.arange(3, 67)[None]
 
@@ -74,13 +74,13 @@ def test_stock_transformers_gives_our_logits_to_the_last_bit(
     checkpoint: Path, tmp_path: Path, grid: dict[str, Any]
 ) -> None:
     run(checkpoint, tmp_path / "out", pq.methods.RTN, **grid)
-    ours, stock = (
+    ours, theirs = (
         pq.load(tmp_path / "out", kernels=False),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(),
+        stock(tmp_path / "out"),
     )
     with torch.no_grad():
-        assert torch.equal(ours(IDS).logits, stock(IDS).logits)
-    assert stock.dtype == ours.dtype == torch.bfloat16
+        assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+    assert theirs.dtype == ours.dtype == torch.bfloat16
 
 
 def test_opens_without_plquant_and_keeps_all_that_came_with_the_model(
@@ -187,12 +187,12 @@ def test_biases_untied_heads_and_other_dtypes_survive(
     lm.to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", evaluate=False)
-    ours, stock = (
+    ours, theirs = (
         pq.load(tmp_path / "out", kernels=False),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(),
+        stock(tmp_path / "out"),
     )
     with torch.no_grad():
-        assert torch.equal(ours(IDS).logits, stock(IDS).logits)
+        assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
     assert ours.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
     before, after = lm.lm_head.weight, ours.lm_head.weight
     assert torch.equal(after, before.to(after.dtype))

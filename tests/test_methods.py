@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import plquant as pq
 from plquant import ActivationGrid
@@ -26,7 +26,7 @@ from plquant.parts.rotation import Rotation
 from plquant.parts.rounding import GPTQRounding
 from plquant.parts.scale_shift import LET
 from plquant.report import Report
-from tests.families import tiny_model
+from tests.families import stock, tiny_model
 
 IDS = torch.arange(3, 43)[None]
 A4 = ActivationGrid(4)
@@ -87,7 +87,7 @@ def test_weight_only_methods_open_everywhere(name: str, checkpoint: Path, tmp_pa
     report, logits = calibrate(checkpoint, tmp_path / "out", WEIGHT_ONLY[name])
     with torch.no_grad():
         assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, logits)
+        assert torch.equal(stock(tmp_path / "out")(IDS).logits, logits)
     assert report.cost is not None and not report.cost.operations
     assert report.cost.effective_bits == pytest.approx(3 + (16 + 3) / 16, rel=1e-6)
 
@@ -98,7 +98,7 @@ def test_matrices_that_do_not_fold_run_and_are_counted(name: str, checkpoint: Pa
     with torch.no_grad():
         assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
     with pytest.raises(ValueError, match="needs plquant"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        stock(tmp_path / "out")
     places = 2 if "dense" in name else 3  # after the norms; a pair of small factors before the last linear too
     assert report.cost is not None and report.cost.operations == 3 * places and report.cost.online_macs > 0
     assert report.cost.effective_bits > 3 + (16 + 3) / 16
@@ -186,7 +186,7 @@ def test_stock_refuses_experts_it_would_fill_with_random_numbers(checkpoint: Pat
     with torch.no_grad():
         assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
     with pytest.raises(ValueError, match="needs plquant"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        stock(tmp_path / "out")
     assert not report.opens_in_stock and "other loaders refuse" in report.card()
 
 

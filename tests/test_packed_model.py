@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import plquant as pq
 from plquant.blocks.discovery import find_blocks
@@ -24,7 +24,7 @@ from plquant.nn.packed_linear import PackedLinear
 from plquant.packed_model import prepare_linears_, stored_config
 from plquant.quant.fake_quantize import quantize_weight
 from plquant.quant.grid import ActivationGrid, IntGrid
-from tests.families import VOCAB, attention_names, tiny_model
+from tests.families import VOCAB, attention_names, stock, tiny_model
 from tests.online_op import Mix
 
 IDS = torch.arange(3, 67)[None] % VOCAB
@@ -149,10 +149,6 @@ def test_every_part_shows_in_the_logits(part: str, tmp_path: Path) -> None:
     everything = CASES["all"]
     without = everything | ({"activations": None} if part == "activations" else {part: False})
     assert not torch.equal(logits(packed(**everything)), logits(packed(**without)))
-
-
-def stock(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3", "qwen3"])

