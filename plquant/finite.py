@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,17 +11,18 @@ from plquant.evaluating import evaluating
 
 
 @torch.no_grad()
-def require_finite(lm: nn.Module, ids: Tensor) -> None:
+def require_finite(lm: nn.Module, ids: Tensor, named: Iterable[tuple[str, Tensor]]) -> None:
     """Look at every weight, and at what every module gives for some tokens.
 
     Args:
         lm: The model in full precision.
         ids: int64 [N, T].
+        named: Its weights by name.
 
     Raises:
         ValueError: A number is NaN or infinite; the tensors, or the first module, are named.
     """
-    wrong = [name for name, parameter in lm.named_parameters() if not parameter.isfinite().all()]
+    wrong = [name for name, parameter in named if not parameter.isfinite().all()]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(

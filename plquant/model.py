@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from plquant.architectures.moe import routers, unfuse_experts_
 from plquant.block_module import Method
+from plquant.blocks.capture import capture_calls, capture_inputs
 from plquant.blocks.discovery import find_blocks
 from plquant.blocks.quant_block import QuantBlock
+from plquant.blocks.weights import BlockWeights, KnownOutput, give_, run_ahead
 from plquant.perplexity import TokenNLL
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.run_folder import RunFolder
@@ -39,6 +42,9 @@ class QuantizedLM(L.LightningModule):
         dtype: Of activations and of weights that stay in floating point. ``auto`` keeps the checkpoint's, but bfloat16
             for float16 and .gguf, since float16 overflows on massive activations.
         trust_remote_code: Run Python code that comes with the checkpoint.
+        streaming: Hold the weights of one block at a time, read from safetensors when it is their turn: memory does not
+            grow with the number of blocks, the result is the same. Takes more time where blocks are small, since each
+            is read several times.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class QuantizedLM(L.LightningModule):
         blocks_per_fit: int = 1,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         trust_remote_code: bool = False,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         if weights.axis == "out" and activations is not None and activations.bits is not None:
@@ -64,7 +71,18 @@ class QuantizedLM(L.LightningModule):
         self.source = Source.find(checkpoint, trust_remote_code)
         self.config: PretrainedConfig = self.source.config()
         self.load_dtype = self._chosen_dtype(dtype)
+        if streaming and (self.source.gguf_file is not None or self.is_quantized):
+            kind = "a .gguf file" if self.source.gguf_file is not None else "quantized"
+            raise ValueError(
+                f"--model.streaming=true reads blocks one at a time from the safetensors of an original model, and "
+                f"--model.checkpoint={checkpoint} is {kind}; leave it out"
+            )
+        self.streaming = streaming
         self.nll = TokenNLL()
+        self._weights: BlockWeights | None = None
+        self._known: tuple[Tensor, Tensor, KnownOutput] | None = (
+            None  # windows, outputs of the last block, its stand-in
+        )
         self._lm: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -94,8 +112,59 @@ class QuantizedLM(L.LightningModule):
 
             self._lm = load(self.source.path, self.load_dtype, self.source.trust_remote_code)
         elif self._lm is None:
-            self._lm = self.source.load(self.config, self.load_dtype)
-            unfuse_experts_(self._lm)
+            loaded = (self.source.outline if self.streaming else self.source.load)(self.config, self.load_dtype)
+            parent, layers = find_blocks(loaded)
+            if self.streaming:
+                give_(loaded, _tensors(self.source.load_part(self.config, self.load_dtype, parent)))
+            unfuse_experts_(loaded)
+            self._lm, self._weights = loaded, BlockWeights(parent, layers, self._read_block)
+
+    @property
+    def blocks(self) -> BlockWeights:
+        """The decoder blocks of an original model and their weights: all of them, or those of one block at a time."""
+        self.configure_model()
+        assert self._weights is not None
+        return self._weights
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every parameter."""
+        parent = self.blocks.parent
+        yield from ((n, p) for n, p in self.lm.named_parameters() if not n.startswith(f"{parent}."))
+        for number, layer in enumerate(self.blocks.layers):
+            with self.blocks.held(layer):
+                yield from ((f"{parent}.{number}.{name}", p) for name, p in layer.named_parameters())
+
+    @contextmanager
+    def known_outputs(
+        self, windows: Tensor, device: torch.device, precision: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[None]:
+        """Within it the blocks' outputs for these windows are known; each block was read once for all of them.
+
+        Args:
+            windows: int64 [N, T].
+            device: Where they are worked out.
+            precision: Within it the model computes as it will for the rest.
+        """
+        if not self.streaming:
+            yield
+            return
+        layers = self.blocks.layers
+        with precision(), self.blocks.on_demand():
+            calls = capture_calls(self.lm, layers, windows[:1])
+            x = capture_inputs(self.lm, layers, windows, batch_size=1)
+            known = run_ahead(self.blocks, calls, x, device)
+        self.lm.set_submodule(self.blocks.parent, nn.ModuleList(known))
+        self._known = windows, x, known[-1]
+        try:
+            yield
+        finally:
+            self.lm.set_submodule(self.blocks.parent, layers)
+            self._known = None
+
+    def _read_block(self, number: int) -> dict[str, Tensor]:
+        part = self.source.load_part(self.config, self.load_dtype, self.blocks.parent, number)
+        unfuse_experts_(part)
+        return _tensors(part.get_submodule(f"{self.blocks.parent}.{number}"))
 
     def linear_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Full name of every linear in a block -> [O, I], and the number of all parameters; loads no weights."""
@@ -150,6 +219,10 @@ class QuantizedLM(L.LightningModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> logits [B, T, V]."""
+        if self._known is not None:
+            windows, outputs, last = self._known
+            numbers = [int((windows == window).all(1).nonzero()[0]) for window in ids.to(windows.device)]
+            last.output = outputs[numbers]
         return self.lm(ids, use_cache=False).logits
 
     def on_validation_epoch_start(self) -> None:
@@ -173,3 +246,8 @@ class QuantizedLM(L.LightningModule):
             stored = getattr(torch, stored)
         is_half = self.source.gguf_file is not None or stored == torch.float16
         return torch.bfloat16 if is_half else stored or torch.float32
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers; two names of one parameter have the same object."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))

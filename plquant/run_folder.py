@@ -116,6 +116,13 @@ class RunFolder:
         path = self.path / block_shard(index)
         return load_file(path), json.loads(_record(path).read_text())
 
+    def read_layer(self, index: int, prefix: str) -> dict[str, Tensor]:
+        """Those tensors of a finished block whose names begin so, by the rest of their names."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / block_shard(index), "pt") as file:
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+
     def finish(self, num_blocks: int, made: Mapping[str, Any]) -> None:
         """Write the certificate and the index, which makes the folder a model: the last thing, all else is in place.
 

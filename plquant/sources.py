@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +101,34 @@ class Source:
         Raises:
             ValueError: Its files are damaged, incomplete, outside of their folder, or could run code.
         """
+        return self._load(config, dtype)
+
+    def outline(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """The model on the meta device, with nothing read but the headers of its files.
+
+        Raises:
+            ValueError: As ``load`` does.
+        """
+        with _without_messages():
+            return self._load(config, dtype, device_map={"": "meta"})
+
+    def load_part(
+        self, config: PretrainedConfig, dtype: torch.dtype, blocks: str, number: int | None = None
+    ) -> PreTrainedModel:
+        """The model with one decoder block or none, nothing in the place of the others, whose weights are not read.
+
+        Args:
+            config: Of the model.
+            dtype: Of the weights.
+            blocks: Name of the list of blocks.
+            number: Of the block that is there.
+        """
+        from plquant.partial_load import only_block
+
+        with _without_messages():  # about the weights that are left out
+            return self._load(only_block(config, blocks, number), dtype, local_files_only=True)
+
+    def _load(self, config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -108,9 +138,10 @@ class Source:
         verbosity = logging.get_verbosity()
         if self.gguf_file is not None:
             logging.set_verbosity_error()  # it advises float32 for kernels that run .gguf weights as they are
+        options |= safetensors | self._arguments()
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path, config=config, dtype=dtype, output_loading_info=True, **safetensors, **self._arguments()
+                self.path, config=config, dtype=dtype, output_loading_info=True, **options
             )
         except (*MALFORMED, RuntimeError) as error:
             raise ValueError(f"--model.checkpoint={self.path} can't be loaded: {error}") from error
@@ -123,6 +154,22 @@ class Source:
                 f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; give a complete checkpoint"
             )
         return lm.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_messages() -> Iterator[None]:
+    """Without transformers' progress bars and warnings."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _package_file(checkpoint: str) -> Path:

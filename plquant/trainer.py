@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,29 +132,36 @@ class BlockwiseTrainer(L.Trainer):
         ids = datamodule.calibration_ids(model)
         if one_step:
             ids = ids[: datamodule.batch_size]
-        require_finite(model.lm, ids[:1])
+        weights = model.blocks
+        with weights.on_demand():
+            require_finite(model.lm, ids[:1], model.named_weights())
         folder.create(self.run_config, ids_sha256(ids))
         probe = self._probe(model, grid)
         report = Report(model.checkpoint, probe.title, grid, model.activations)
         report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
         for part in probe.parts:
             part.prepare(model.lm, ids)
-        blocks = prepare_blocks(model.lm, grid, ids, model.activations, model.blocks_per_fit)
+        with weights.on_demand():
+            blocks = prepare_blocks(model.lm, grid, ids, model.activations, model.blocks_per_fit, weights)
         if evaluate:
             with full_precision(blocks):
                 report.perplexities["full precision"] = self._perplexity(model, datamodule)
             report.perplexities["RTN"] = self._perplexity(model, datamodule)
 
-        x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids)
+        with weights.on_demand():
+            x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids)
         x_q = x_fp.clone()
         progress = RunProgress(done, len(blocks), _seed(), folder.path / RUNNING, folder.recipe_sha256)
         for block in blocks:
-            if block.index < done:
-                record = self._reload_block(block, folder, x_q, x_fp)
-            else:
-                record = self._calibrate_block(block, model, datamodule.batch_size, x_q, x_fp, progress)
-                structure = block.structure().as_dict()
-                folder.write_block(block.index, block.tensors(), {"record": asdict(record), "structure": structure})
+            with weights.held(*block.layers.values()):
+                if block.index < done:
+                    record = self._reload_block(block, folder, x_q, x_fp)
+                else:
+                    record = self._calibrate_block(block, model, datamodule.batch_size, x_q, x_fp, progress)
+                    structure = block.structure().as_dict()
+                    folder.write_block(block.index, block.tensors(), {"record": asdict(record), "structure": structure})
+            for number, layer in block.layers.items():
+                weights.moved(layer, partial(folder.read_layer, block.index, f"{block.parent}.{number}."))
             report.blocks.append(record)
             print(record.line(len(blocks)), flush=True)
         del x_fp, x_q
@@ -330,7 +338,8 @@ class BlockwiseTrainer(L.Trainer):
         return result
 
     def _perplexity(self, model: QuantizedLM, datamodule: TextData) -> PerplexityResult:
-        with _quiet(), _interruptible():
+        windows, context = datamodule.evaluation_text(model).windows, self.strategy.precision_plugin.forward_context
+        with _quiet(), _interruptible(), model.known_outputs(windows, self.strategy.root_device, context):
             super().validate(model, datamodule=datamodule, verbose=False)
         protocol = datamodule.evaluation_text(model).protocol
         asked = protocol["tokens"] - protocol["windows"]  # all but the first token of every window
@@ -352,6 +361,12 @@ class BlockwiseTrainer(L.Trainer):
         shapes, total = model.linear_shapes()
         grid = model.weights.resolve(shapes)
         probe = self._probe(model, grid)
+        whole = [type(part).__name__ for part in probe.parts if part.changes_model]
+        if model.streaming and whole:
+            raise ValueError(
+                f"{', '.join(whole)} changes all blocks before the first is calibrated, and --model.streaming=true "
+                "holds one at a time; leave out one of the two (of Rotation: its place residual)"
+            )
         for axis in {axis for part in probe.parts for axis in part.axes}:
             replace(grid, axis=axis).resolve(shapes)
         folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))

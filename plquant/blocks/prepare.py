@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 from torch import Tensor, nn
 
 from plquant.blocks.capture import capture_calls, capture_inputs
-from plquant.blocks.discovery import PROOF_TOKENS, find_blocks, find_in_each, find_places
+from plquant.blocks.discovery import PROOF_TOKENS, Places, find_blocks, find_in_each, find_places
 from plquant.blocks.quant_block import QuantBlock
+from plquant.blocks.weights import BlockWeights
 from plquant.quant.grid import ActivationGrid, IntGrid
 
 
@@ -16,6 +20,7 @@ def prepare_blocks(
     ids: Tensor,
     activations: ActivationGrid | None = None,
     blocks_per_fit: int = 1,
+    weights: BlockWeights | None = None,
 ) -> list[QuantBlock]:
     """Turn the decoder blocks of ``lm`` into ``QuantBlock``s, in place, with the places for transforms proven.
 
@@ -27,11 +32,17 @@ def prepare_blocks(
         ids: int64 [N, T], calibration ids; the blocks' arguments are captured for sequences of this length.
         activations: Grid of the activations, or ``None``.
         blocks_per_fit: Consecutive blocks that are fitted together; the last run may be shorter.
+        weights: Of the blocks, if these do not have them.
     """
     parent, layers = find_blocks(lm)
     few = ids[:1, :PROOF_TOKENS]
     hidden, short = capture_inputs(lm, layers, few), capture_calls(lm, layers, few)
-    proven = find_in_each(layers, short, lambda layer, call: find_places(layer, hidden, call))
+
+    def prove(layer: nn.Module, call: dict[str, Any]) -> Places:
+        with nullcontext() if weights is None else weights.held(layer):
+            return find_places(layer, hidden, call)
+
+    proven = find_in_each(layers, short, prove)
     places = [found.inside(str(number)) for number, found in enumerate(proven)]
     if activations is not None and activations.in_attention and not any(place.attentions for place in places):
         raise ValueError(

@@ -50,6 +50,11 @@ class SelfGenerated(TextData):
         """[N, S] int64 on the CPU, sampled from ``model.lm`` under a forked random state."""
         from tqdm import tqdm
 
+        if getattr(model, "streaming", False):
+            raise ValueError(
+                "--data=SelfGenerated runs the whole model for every token, and --model.streaming=true holds one block "
+                "at a time; give a text, or leave out the streaming"
+            )
         sizes = [len(part) for part in torch.arange(self.num_samples).split(self.generation_batch_size)]
         # all CUDA devices are forked: torch.manual_seed seeds every one of them
         fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()))

@@ -56,6 +56,7 @@ class Part:
     place: ClassVar[str]  # in LEGAL_ORDER
     axes: ClassVar[tuple[Axis, ...]] = ()  # along which it may put groups, besides the grid's own
     runs_later: bool = False  # leaves operations that run with the model, on one model or another
+    changes_model: bool = False  # ``prepare`` changes the blocks
     options: dict[str, Any]  # what it was made with, for the record of the run
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Part:

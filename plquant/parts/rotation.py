@@ -43,7 +43,7 @@ class Rotation(Part):
         super().__init__(block)
         if {"residual", "norms"} <= set(places):
             raise ValueError("Rotation's places have both residual and norms, which rotate the same channels: give one")
-        self.seed, self.residual = seed, "residual" in places
+        self.seed, self.changes_model = seed, "residual" in places
         self.runs_later = not set(places) <= {"values"}  # residual does where embeddings are tied
         rotate = torch.Generator().manual_seed(seed)
         for site in block.sites:
@@ -63,5 +63,5 @@ class Rotation(Part):
 
     def prepare(self, lm: nn.Module, ids: Tensor) -> None:
         """Rotate the residual stream, if asked."""
-        if self.residual:
+        if self.changes_model:
             rotate_stream_(lm, ids, self.seed)
