@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from plquant.blocks.activations import Activations
 from plquant.blocks.capture import StopForward
 from plquant.blocks.quant_block import QuantBlock
+from plquant.blocks.stream_files import pieces
 from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Part, Rounding, check_order
 from plquant.quant.observers import ChannelAbsMax, Hessian
@@ -46,9 +47,9 @@ def squared_error(output: Tensor, target: Tensor) -> tuple[float, float]:
         output: [N, T, H].
         target: [N, T, H].
     """
-    pairs = list(zip(output, target, strict=True))  # sequence by sequence: no second copy of the whole stream
-    errors = torch.cat([(o.float() - t.float()).square().sum(-1) for o, t in pairs]).double()
-    energies = torch.cat([t.float().square().sum(-1) for _, t in pairs]).double()
+    pairs = zip(pieces(output, 1), pieces(target, 1), strict=True)  # no second copy of the whole stream
+    squares = [((o.float() - t.float()).square().sum(-1), t.float().square().sum(-1)) for o, t in pairs]
+    errors, energies = (torch.cat(of_each).flatten().double() for of_each in zip(*squares, strict=True))
     rest = torch.arange(len(errors), device=errors.device) != errors.argmax()
     return float(errors.sum() / energies.sum()), float(errors[rest].sum() / energies[rest].sum())
 

@@ -50,11 +50,11 @@ def require_finite(lm: nn.Module, ids: Tensor, named: Iterable[tuple[str, Tensor
         raise _no_activation(f"what {first[0]} gives")
 
 
-def require_finite_stream(stream: Tensor, name: str) -> None:
+def require_finite_stream(stream: Iterable[Tensor], name: str) -> None:
     """Look at what a block gives in full precision.
 
     Args:
-        stream: [N, T, H].
+        stream: Its batches, [B, T, H].
         name: Of the block.
 
     Raises:

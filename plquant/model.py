@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -136,7 +137,11 @@ class QuantizedLM(L.LightningModule):
 
     @contextmanager
     def known_outputs(
-        self, windows: Tensor, device: torch.device, precision: Callable[[], AbstractContextManager[None]]
+        self,
+        windows: Tensor,
+        device: torch.device,
+        precision: Callable[[], AbstractContextManager[None]],
+        folder: Path | None = None,
     ) -> Iterator[None]:
         """Within it the blocks' outputs for these windows are known; each block was read once for all of them.
 
@@ -144,6 +149,7 @@ class QuantizedLM(L.LightningModule):
             windows: int64 [N, T].
             device: Where they are worked out.
             precision: Within it the model computes as it will for the rest.
+            folder: Where a file is to hold them; they are in memory if not given.
         """
         if not self.streaming:
             yield
@@ -151,7 +157,7 @@ class QuantizedLM(L.LightningModule):
         layers = self.blocks.layers
         with precision(), self.blocks.on_demand():
             calls = capture_calls(self.lm, layers, windows[:1])
-            x = capture_inputs(self.lm, layers, windows, batch_size=1)
+            x = capture_inputs(self.lm, layers, windows, batch_size=1, folder=folder)
             known = run_ahead(self.blocks, calls, x, device)
         self.lm.set_submodule(self.blocks.parent, nn.ModuleList(known))
         self._known = windows, x, known[-1]

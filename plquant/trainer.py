@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -30,6 +30,7 @@ from plquant.blocks.activations import TOKENS_AT_ONCE, Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
+from plquant.blocks.stream_files import copy_of, pieces
 from plquant.callbacks import BlockProgress
 from plquant.data.base import TextData, ids_sha256
 from plquant.files import write_json
@@ -68,6 +69,8 @@ class BlockwiseTrainer(L.Trainer):
         logger: Shared by all blocks.
         checkpoint_every: Steps between two checkpoints of the block being fitted, from which an interrupted run goes
             on; null takes none.
+        activations: Where the activations between blocks are: in ``memory``, two or three times all calibration tokens,
+            or on ``disk``, in files of the output folder that are gone with the run.
     """
 
     def __init__(
@@ -78,11 +81,12 @@ class BlockwiseTrainer(L.Trainer):
         devices: Any = 1,
         logger: Any = False,
         checkpoint_every: int | None = 100,
+        activations: Literal["memory", "disk"] = "memory",
         **kwargs: Any,
     ) -> None:
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ValueError(f"--trainer.checkpoint_every={checkpoint_every} is no number of steps; null takes none")
-        self.checkpoint_every = checkpoint_every
+        self.checkpoint_every, self.activations = checkpoint_every, activations
         kwargs.update(max_epochs=max_epochs, precision=precision, devices=devices, logger=logger)
         kwargs.update(enable_checkpointing=False, enable_model_summary=False)
         callbacks = kwargs.get("callbacks") or []
@@ -136,6 +140,7 @@ class BlockwiseTrainer(L.Trainer):
         with weights.on_demand():
             require_finite(model.lm, ids[:1], model.named_weights())
         folder.create(self.run_config, ids_sha256(ids))
+        on_disk = folder.path if self.activations == "disk" else None
         probe = self._probe(model, grid)
         report = Report(model.checkpoint, probe.title, grid, model.activations)
         report.bytes_before = sum(p.numel() * p.element_size() for p in model.lm.parameters())
@@ -145,12 +150,12 @@ class BlockwiseTrainer(L.Trainer):
             blocks = prepare_blocks(model.lm, grid, ids, model.activations, model.blocks_per_fit, weights)
         if evaluate:
             with full_precision(blocks):
-                report.perplexities["full precision"] = self._perplexity(model, datamodule)
-            report.perplexities["RTN"] = self._perplexity(model, datamodule)
+                report.perplexities["full precision"] = self._perplexity(model, datamodule, on_disk)
+            report.perplexities["RTN"] = self._perplexity(model, datamodule, on_disk)
 
         with weights.on_demand():
-            x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids)
-        x_q = x_fp.clone()
+            x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids, folder=on_disk)
+        x_q = copy_of(x_fp)
         progress = RunProgress(done, len(blocks), _seed(), folder.path / RUNNING, folder.recipe_sha256)
         for block in blocks:
             with weights.held(*block.layers.values()):
@@ -172,7 +177,7 @@ class BlockwiseTrainer(L.Trainer):
         report.cost, report.num_blocks = Cost.of(model.lm), sum(len(block.layers) for block in blocks)
         report.axes = dict(Counter(grid.axis for block in blocks for grid in block.structure().grids.values()))
         if evaluate:
-            report.perplexities[report.title] = self._perplexity(model, datamodule)
+            report.perplexities[report.title] = self._perplexity(model, datamodule, on_disk)
         report.seconds = time.monotonic() - started
         report.write(folder.path)
         made = {"started": began.isoformat(timespec="seconds"), "seconds": report.seconds, "machine": machine()}
@@ -210,7 +215,7 @@ class BlockwiseTrainer(L.Trainer):
         with self._on_device(block):
             with block.full_precision():
                 block.map_(x_fp, at_once(x_fp))
-            require_finite_stream(x_fp, block.name)
+            require_finite_stream(pieces(x_fp, 1), block.name)
             before = self._error(block, x_q, x_fp)
         kept = block.kept_layers()
         module = model.method(block)
@@ -218,7 +223,7 @@ class BlockwiseTrainer(L.Trainer):
         module.error_before, module.progress = max(before, 1e-12), progress
         tensors = [x_q, x_fp]
         if module.aug_loss:
-            tensors.append(x_q.clone())
+            tensors.append(copy_of(x_q))
             with self._on_device(block), block.full_precision():
                 block.map_(tensors[-1], at_once(x_q))
         reason = self._fit_and_fold(module, Activations(tuple(tensors), batch_size, seed), x_q, x_fp, before)
@@ -229,7 +234,8 @@ class BlockwiseTrainer(L.Trainer):
                 block.pack_()
             block.map_(x_q, at_once(x_q))
         block.put_away()
-        after = float(torch.stack([token_error(x, target) for x, target in zip(x_q, x_fp, strict=True)]).mean())
+        pairs = zip(pieces(x_q, 1), pieces(x_fp, 1), strict=True)
+        after = float(torch.stack([token_error(x, target) for x, target in pairs]).mean())
         squares = squared_error(x_q, x_fp)
         unseen = [f"{block.parent}.{name}" for name in module.unseen]
         notes = [note for part in module.parts for note in part.notes]
@@ -337,9 +343,9 @@ class BlockwiseTrainer(L.Trainer):
             )
         return result
 
-    def _perplexity(self, model: QuantizedLM, datamodule: TextData) -> PerplexityResult:
+    def _perplexity(self, model: QuantizedLM, datamodule: TextData, folder: Path | None = None) -> PerplexityResult:
         windows, context = datamodule.evaluation_text(model).windows, self.strategy.precision_plugin.forward_context
-        with _quiet(), _interruptible(), model.known_outputs(windows, self.strategy.root_device, context):
+        with _quiet(), _interruptible(), model.known_outputs(windows, self.strategy.root_device, context, folder):
             super().validate(model, datamodule=datamodule, verbose=False)
         protocol = datamodule.evaluation_text(model).protocol
         asked = protocol["tokens"] - protocol["windows"]  # all but the first token of every window
@@ -372,7 +378,8 @@ class BlockwiseTrainer(L.Trainer):
         folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))
         rest = total - sum(o * i for o, i in shapes.values())
         size = predicted_bytes(shapes, dict.fromkeys(shapes, grid), rest, model.load_dtype)
-        done = folder.check(size)
+        streams = self._stream_bytes(model, datamodule, probe) if self.activations == "disk" else 0
+        done = folder.check(size + streams)
         title = Report(model.checkpoint, probe.title, grid, model.activations).title
         auto = " (group_size: auto)" if model.weights.group_size == "auto" else ""
         print(
@@ -381,6 +388,13 @@ class BlockwiseTrainer(L.Trainer):
         if done:
             print(f"going on with block {done + 1}; the first {done} are finished there")
         return grid, folder, done
+
+    @staticmethod
+    def _stream_bytes(model: QuantizedLM, datamodule: TextData, method: BlockModule) -> int:
+        """Of all activations between two blocks."""
+        tokens = datamodule.num_samples * datamodule.seq_len
+        width = model.config.get_text_config().hidden_size
+        return tokens * width * model.load_dtype.itemsize * (3 if method.aug_loss else 2)
 
     def _recipe(self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, method: BlockModule) -> dict[str, Any]:
         """All that decides the result."""
@@ -418,7 +432,7 @@ class BlockwiseTrainer(L.Trainer):
         size = at_once(x)
         errors = [
             token_error(output, t.to(output.device)) * len(t)
-            for output, t in zip(block.batches(x, size), target.split(size), strict=True)
+            for output, t in zip(block.batches(x, size), pieces(target, size), strict=True)
         ]
         return float(torch.stack(errors).sum()) / len(x)
 

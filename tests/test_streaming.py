@@ -1,7 +1,9 @@
 """One block in memory at a time gives what the whole model in memory gives."""
 
+import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import plquant as pq
+from plquant.blocks.activations import _Samples
+from plquant.blocks.stream_files import copy_of, empty_on_disk, pieces
 from plquant.blocks.weights import is_away
 from plquant.data import SelfGenerated
 from plquant.parts.rotation import Rotation
@@ -40,17 +44,21 @@ def run(
     method: Any = None,
     evaluate: bool = True,
     callback: Any = None,
+    trainer: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
     **options: Any,
 ) -> Report:
     L.seed_everything(0, verbose=False)
     method = partial(pq.methods.OmniQuant, let=True) if method is None else method
     options = {"weights": pq.IntGrid(3, 16)} | options
     lm = pq.QuantizedLM(str(model), method, streaming=streaming, **options)
-    data = pq.data.BuiltinText(num_samples=4, seq_len=32, eval_seq_len=48, eval_windows=3)
+    text = pq.data.BuiltinText(
+        **({"num_samples": 4, "seq_len": 32, "eval_seq_len": 48, "eval_windows": 3} | (data or {}))
+    )
     callbacks = [] if callback is None else [callback]
     options = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "callbacks": callbacks}
     Look.lm = lm
-    return pq.BlockwiseTrainer(**options).calibrate(lm, data, output_dir=str(out), evaluate=evaluate)
+    return pq.BlockwiseTrainer(**options | (trainer or {})).calibrate(lm, text, output_dir=str(out), evaluate=evaluate)
 
 
 class Look(L.Callback):
@@ -159,3 +167,45 @@ def test_what_needs_all_blocks_is_refused(model: Path, whole: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"--data=SelfGenerated.*--model.streaming=true"):
         SelfGenerated(num_samples=1, seq_len=8).calibration_ids(lm)
     assert not (tmp_path / "out").exists()
+
+
+def test_activations_on_disk_change_nothing(model: Path, whole: Path, tmp_path: Path) -> None:
+    method = partial(pq.methods.OmniQuant, let=True, aug_loss=True)
+    kept = [
+        run(model, tmp_path / where, streaming=True, method=method, trainer={"activations": where})
+        for where in ("memory", "disk")
+    ]
+    assert written(tmp_path / "memory") == written(tmp_path / "disk")
+    assert [r.perplexities["RTN"].nll for r in kept][0] == kept[1].perplexities["RTN"].nll
+    names = [{path.name for path in (tmp_path / where).iterdir()} for where in ("memory", "disk")]
+    assert names[0] == names[1]
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_stream_in_a_file_is_in_memory_as_far_as_it_is_in_use(tmp_path: Path) -> None:
+    shape, before, most = (64, 1024, 1024), resident(), 0  # 256 MiB
+    x = empty_on_disk(tmp_path, shape, torch.float32)
+    for number, piece in enumerate(pieces(x, 1)):
+        piece.fill_(number)
+        most = max(most, resident())
+    y = copy_of(x)
+    for number, row in enumerate(_Samples(x, y)[[n]] for n in range(64)):
+        assert all(bool((tensor == number).all()) for tensor in row)
+        most = max(most, resident())
+    assert most - before < 64 * 2**20 and not list(tmp_path.iterdir())
+
+
+def test_no_room_for_the_streams_is_said_before_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = 2**20  # more than the quantized model
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=output))
+    run(model, tmp_path / "memory", streaming=True, method=pq.methods.RTN, evaluate=False)
+    samples = {"num_samples": 64, "seq_len": 128}  # 2 streams of 64 channels in bf16
+    with pytest.raises(OSError, match="GiB"):
+        run(model, tmp_path / "disk", True, pq.methods.RTN, trainer={"activations": "disk"}, data=samples)
+    assert not (tmp_path / "disk").exists()

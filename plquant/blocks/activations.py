@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset
+
+from plquant.blocks.stream_files import pieces, release
 
 TOKENS_AT_ONCE = 2048  # of a forward pass without gradients; quantizing a weight then costs little beside using it
 
@@ -53,17 +56,27 @@ class Order(Sampler[list[int]]):
         self._skipped = batches
 
 
+class _Samples(TensorDataset):
+    """Of which no more than the samples asked for stay in memory, where the tensors are in files."""
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+        found = super().__getitem__(index)
+        for tensor in self.tensors:
+            release(tensor)
+        return found
+
+
 class Activations:
     """Batches of (input under quantization, full-precision target [, augmented target]).
 
     Args:
-        tensors: Each [N, T, H], on the CPU.
+        tensors: Each [N, T, H], on the CPU, in memory or in files.
         batch_size: Sequences per step.
         seed: Of the order of the samples.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int) -> None:
-        self.dataset = TensorDataset(*tensors)
+        self.dataset = _Samples(*tensors)
         self.batch_size = batch_size
         self.order = Order(len(self.dataset), batch_size, seed)
 
@@ -79,7 +92,7 @@ class Activations:
     def at_once(self) -> Iterator[tuple[Tensor, ...]]:
         """All samples, in order, in batches for forward passes without gradients."""
         tensors = self.dataset.tensors
-        return zip(*(t.split(at_once(t)) for t in tensors), strict=True)
+        return zip(*(pieces(t, at_once(t)) for t in tensors), strict=True)
 
     def inputs(self) -> Iterator[Tensor]:
         """The inputs alone, in such batches."""

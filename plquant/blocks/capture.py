@@ -8,12 +8,14 @@ import contextlib
 import inspect
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plquant.blocks.nested import map_tensors
+from plquant.blocks.stream_files import empty_on_disk, release
 from plquant.evaluating import evaluating
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -25,7 +27,11 @@ class StopForward(Exception):  # noqa: N818
 
 @torch.no_grad()
 def capture_inputs(
-    lm: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], ids: Tensor, batch_size: int = 8
+    lm: nn.Module,
+    blocks: nn.ModuleList | Sequence[nn.Module],
+    ids: Tensor,
+    batch_size: int = 8,
+    folder: Path | None = None,
 ) -> Tensor:
     """Hidden states that enter the first block, [N, T, H] in the model's dtype, on the device of ``ids``.
 
@@ -36,6 +42,7 @@ def capture_inputs(
         blocks: Its decoder blocks.
         ids: int64 [N, T]; keep them on the CPU to keep the result there.
         batch_size: Sequences per forward pass.
+        folder: Where a file is to hold the result; it is in memory if not given.
     """
     inputs: Tensor | None = None
     with evaluating(lm):
@@ -43,8 +50,11 @@ def capture_inputs(
             batch = ids[start : start + batch_size]
             hidden, _ = _calls(lm, blocks[:1], batch)[0]
             if inputs is None:
-                inputs = torch.empty(len(ids), *hidden.shape[1:], dtype=hidden.dtype, device=ids.device)
+                shape, dtype = (len(ids), *hidden.shape[1:]), hidden.dtype
+                in_memory = partial(torch.empty, device=ids.device)
+                inputs = in_memory(shape, dtype=dtype) if folder is None else empty_on_disk(folder, shape, dtype)
             inputs[start : start + len(batch)] = hidden
+            release(inputs)
     if inputs is None:
         raise ValueError(f"ids has shape {list(ids.shape)}; at least one sequence [N, T] is needed.")
     return inputs

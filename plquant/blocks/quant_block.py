@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plquant.architectures.moe import Experts, routers
 from plquant.blocks.nested import map_tensors
 from plquant.blocks.sites import Attention, QuerySite, Site
+from plquant.blocks.stream_files import pieces
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.attention import CHILD, AttentionQuantizer, quantize_attention_
 from plquant.nn.fake_quant_linear import FakeQuantLinear
@@ -201,7 +202,7 @@ class QuantBlock(nn.Module):
     @torch.no_grad()
     def batches(self, x: Tensor, batch_size: int) -> Iterator[Tensor]:
         """The block's output for ``x`` [N, T, H], batch by batch, on the block's device."""
-        for batch in x.split(batch_size):
+        for batch in pieces(x, batch_size):
             yield self(batch.to(self.device))
 
     def map_(self, x: Tensor, batch_size: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plquant.blocks.nested import map_tensors
+from plquant.blocks.stream_files import pieces
 
 Read: TypeAlias = Callable[[], Mapping[str, Tensor]]
 
@@ -150,7 +151,7 @@ def run_ahead(
         with weights.held(layer):
             home = next(layer.parameters(), x).device
             layer.to(device)
-            for hidden in x.split(1):
+            for hidden in pieces(x, 1):
                 output = layer(hidden.to(device), **there)
                 hidden.copy_(output[0] if isinstance(output, tuple) else output)
             layer.to(home)
