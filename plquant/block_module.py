@@ -17,7 +17,6 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from plquant.blocks.activations import Activations
 from plquant.blocks.capture import StopForward
 from plquant.blocks.quant_block import QuantBlock
-from plquant.blocks.stream_files import pieces
 from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Part, Rounding, check_order
 from plquant.quant.observers import ChannelAbsMax, Hessian
@@ -38,20 +37,39 @@ def token_error(output: Tensor, target: Tensor) -> Tensor:
     return (squares / target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
 
 
-def squared_error(output: Tensor, target: Tensor) -> tuple[float, float]:
+class SquaredError(Metric):
     """Relative squared error, ||output - target||^2 / ||target||^2, over all tokens and without the heaviest one.
 
     The heaviest is the one with the largest squared error: where the two figures lie apart, one token is the loss.
-
-    Args:
-        output: [N, T, H].
-        target: [N, T, H].
     """
-    pairs = zip(pieces(output, 1), pieces(target, 1), strict=True)  # no second copy of the whole stream
-    squares = [((o.float() - t.float()).square().sum(-1), t.float().square().sum(-1)) for o, t in pairs]
-    errors, energies = (torch.cat(of_each).flatten().double() for of_each in zip(*squares, strict=True))
-    rest = torch.arange(len(errors), device=errors.device) != errors.argmax()
-    return float(errors.sum() / energies.sum()), float(errors[rest].sum() / energies[rest].sum())
+
+    full_state_update = False
+    heaviest: Tensor
+    others: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Squares of error and target, fp64 [2]; after a reduction the heaviest of every process, [W, 2].
+        self.add_state("heaviest", torch.zeros(2, dtype=torch.float64), dist_reduce_fx=None)
+        self.add_state("others", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Take in outputs and targets, both [..., T, H]."""
+        target = target.float()
+        squares = [(output.float() - target).square().sum(-1), target.square().sum(-1)]
+        tokens = torch.stack(squares, -1).flatten(0, -2).double().to(self.heaviest.device)
+        tokens = torch.cat([tokens, self.heaviest[None]])
+        worst = tokens[:, 0].argmax()
+        self.others = self.others + tokens[torch.arange(len(tokens), device=worst.device) != worst].sum(0)
+        self.heaviest = tokens[worst]
+
+    def compute(self) -> Tensor:
+        """Both, fp64 [2]."""
+        heavy = self.heaviest.reshape(-1, 2)
+        heavy = heavy[heavy[:, 0].argsort()]
+        rest = self.others + heavy[:-1].sum(0)
+        error, energy = torch.stack([rest + heavy[-1], rest]).unbind(-1)
+        return error / energy
 
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -161,7 +179,7 @@ class BlockModule(L.LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log the error of a batch."""
         x, target, *_ = batch
-        self.log("error", token_error(self(x), target), batch_size=len(x))
+        self.log("error", token_error(self(x), target), batch_size=len(x), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW without decay, one group per learning rate, and the schedule of the rates."""
@@ -211,7 +229,8 @@ class BlockModule(L.LightningModule):
         checkpoint["block"] = {
             "trained": [parameter.detach() for parameter in self._trained()],
             "best": (self._best_loss, self._best_state),
-            "loss": (self._epoch_loss.mean_value, self._epoch_loss.weight),
+            # of every process, [W]
+            "loss": [self._of_all(x) for x in (self._epoch_loss.mean_value, self._epoch_loss.weight)],
             "order": (self.activations.order.state(), self.trainer.fit_loop.batch_idx + 1),
             "rng": torch.get_rng_state(),
         }
@@ -229,7 +248,8 @@ class BlockModule(L.LightningModule):
         for parameter, value in zip(self._trained(), kept["trained"], strict=True):
             parameter.copy_(value)
         self._best_loss, self._best_state = kept["best"][0], [x.to(self.device) for x in kept["best"][1]]
-        self._epoch_loss.mean_value, self._epoch_loss.weight = (x.to(self.device) for x in kept["loss"])
+        loss, weight = (x[self.global_rank].to(self.device) for x in kept["loss"])
+        self._epoch_loss.mean_value, self._epoch_loss.weight = loss, weight
         self._epoch_loss._update_count = kept["order"][1]
         torch.set_rng_state(kept["rng"])
 
@@ -268,7 +288,10 @@ class BlockModule(L.LightningModule):
 
     def stages(self) -> list[list[str]]:
         """Names of the linears in the order they run, those that read the same tensor together."""
-        return self.block.stages(self.activations.inputs())
+        found = self.block.stages(self.activations.inputs())
+        if self._trainer is None or not self.block.has_experts:
+            return found
+        return self.trainer.strategy.broadcast(found)  # which experts run depends on a process's samples
 
     @property
     def rounding(self) -> Rounding:
@@ -327,14 +350,20 @@ class BlockModule(L.LightningModule):
     @torch.no_grad()
     def error(self, tokens: int | None = None) -> float:
         """Error of the block as it is now against its target(s), over about so many tokens or all; ``token_error``."""
-        errors, seen = [], 0
+        mean, seen = MeanMetric(nan_strategy="disable").to(self.block.device), 0
         for x, *targets in self.activations.at_once():
             output = self.block(x.to(self.block.device))
-            errors += [token_error(output, target.to(output.device)) * len(x) for target in targets]
+            mean.update(sum(token_error(output, target.to(output.device)) for target in targets), len(x))
             seen += len(x)
             if tokens is not None and seen * x.shape[1] >= tokens:
                 break
-        return float(torch.stack(errors).sum()) / seen
+        return float(mean.compute())
+
+    def _of_all(self, value: Tensor) -> Tensor:
+        """A number of every process, [W]."""
+        found = self.all_gather(value)
+        assert isinstance(found, Tensor)
+        return found.reshape(-1)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameters in self.learnables().values() for parameter in parameters]

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import plquant.methods  # noqa: F401  registers the methods' short names
 import plquant.parts  # noqa: F401  and those of their parts
 from plquant.data import TextData
+from plquant.distributed import is_rank_zero
 from plquant.model import QuantizedLM
 from plquant.trainer import BlockwiseTrainer
 
@@ -80,6 +81,8 @@ def run(args: list[str]) -> None:
     except (ValueError, OSError, NotImplementedError) as error:
         if os.environ.get("PLQUANT_DEBUG"):
             raise
-        sys.exit(f"plquant: error: {error}")
+        # What all processes refuse is said by one, what became of another by each.
+        said_here = is_rank_zero() or isinstance(error, ChildProcessError)
+        sys.exit(f"plquant: error: {error}" if said_here else 1)
     except KeyboardInterrupt:
         sys.exit("plquant: interrupted; `calibrate` goes on with the first unfinished block when run again")

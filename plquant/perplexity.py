@@ -45,9 +45,15 @@ class TokenNLL(Metric):
         return dim_zero_cat(self.sums).sum() / self.tokens
 
     def windows(self) -> list[float]:
-        """The mean of every window, in the order they came; their tokens are as many in each."""
-        sums = dim_zero_cat(self.sums)
-        return [float(nll) for nll in sums * len(sums) / self.tokens]
+        """The mean of every window of all processes, in the order they came; their tokens are as many in each."""
+        with self.sync_context():
+            sums = dim_zero_cat(self.sums)
+            return [float(nll) for nll in sums * len(sums) / self.tokens]
+
+    def seen(self) -> int:
+        """Number of tokens, over all processes."""
+        with self.sync_context():
+            return int(self.tokens)
 
 
 @dataclass(frozen=True)

@@ -68,17 +68,19 @@ class RunFolder:
         self._require_room(flag, needed_bytes - there_already)
         return done
 
-    def create(self, config: str | None = None, data_sha256: str | None = None) -> None:
+    def note_data(self, sha256: str) -> None:
+        """The sha256 of the calibration tokens, from here on part of the recipe."""
+        self.recipe.setdefault("data", {})[DATA_SHA256] = sha256
+
+    def create(self, config: str | None = None) -> None:
         """Make the folder, note the recipe and the YAML that repeats the run, clear what was left half written.
 
         Args:
             config: The YAML.
-            data_sha256: Of the calibration tokens, from here on part of the recipe.
 
         Raises:
             ValueError: The blocks finished there were calibrated on other tokens.
         """
-        self.recipe.setdefault("data", {})[DATA_SHA256] = data_sha256
         if any((self.path / name).exists() for name in (block_shard(0), RUNNING)):
             self._require_same_recipe(f"--output_dir={self.path}")
         self.path.mkdir(parents=True, exist_ok=True)

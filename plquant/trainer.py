@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
-import signal
-import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,17 +18,19 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 import plquant
 from plquant.block_checkpoint import KeepSteps, SealedCheckpoints
-from plquant.block_module import BlockModule, RunProgress, squared_error, token_error
+from plquant.block_module import BlockModule, RunProgress, SquaredError, token_error
 from plquant.blocks.activations import TOKENS_AT_ONCE, Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.stream_files import copy_of, pieces
 from plquant.callbacks import BlockProgress
-from plquant.data.base import TextData, ids_sha256
+from plquant.data.base import TextData, ids_sha256, share_of
+from plquant.distributed import launch, on_rank_zero, refused_by_any, require_even, require_supported, say
 from plquant.files import write_json
 from plquant.finite import require_finite, require_finite_stream
 from plquant.formats.checkpoint import predicted_bytes
@@ -44,17 +42,10 @@ from plquant.nn.packed_structure import PackedStructure
 from plquant.perplexity import PerplexityResult
 from plquant.plan import Plan
 from plquant.quant.grid import IntGrid
+from plquant.quiet import interruptible, quiet
 from plquant.report import BlockRecord, Report, peak_bytes, versions
 from plquant.run_folder import RUNNING, RunFolder
 
-# Lightning's advice for training, which does not apply: a block is in evaluation mode and has no validation of its own.
-HINTS = (
-    ".*does not have many workers.*",
-    ".*in eval mode at the start.*",
-    ".*have no `val_dataloader`.*",
-    ".*isinstance.treespec, LeafSpec.*",
-    ".*was called before the ``update`` method.*",  # of an expert that no token was sent to
-)
 SAME = 1e-5  # relative difference of two errors summed in another order
 PRECISIONS = ("bf16-mixed", "32-true")
 
@@ -65,7 +56,8 @@ class BlockwiseTrainer(L.Trainer):
     Args:
         max_epochs: Passes over the calibration samples, for each block.
         precision: ``bf16-mixed`` computes matmuls in bfloat16, what is learned stays in float32.
-        devices: One process calibrates at present.
+        devices: Processes, each with a device of its own and an equal share of the calibration samples; ``batch_size``
+            is of each. On several nodes start the command with torchrun, and give ``num_nodes`` too.
         logger: Shared by all blocks.
         checkpoint_every: Steps between two checkpoints of the block being fitted, from which an interrupted run goes
             on; null takes none.
@@ -88,7 +80,7 @@ class BlockwiseTrainer(L.Trainer):
             raise ValueError(f"--trainer.checkpoint_every={checkpoint_every} is no number of steps; null takes none")
         self.checkpoint_every, self.activations = checkpoint_every, activations
         kwargs.update(max_epochs=max_epochs, precision=precision, devices=devices, logger=logger)
-        kwargs.update(enable_checkpointing=False, enable_model_summary=False)
+        kwargs.update(enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False)
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         if kwargs.get("enable_progress_bar", True) and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -102,10 +94,9 @@ class BlockwiseTrainer(L.Trainer):
                 f"--trainer.precision={precision}: what is learned stays in float32, and float16 overflows on massive "
                 f"activations; use {' or '.join(PRECISIONS)}"
             )
-        with _quiet():
+        with quiet():
             super().__init__(*args, **kwargs)
-        if self.world_size > 1:
-            raise ValueError(f"--trainer.devices={self.num_devices}: one process calibrates; use --trainer.devices=1")
+        require_supported(self)
         if self.strategy.root_device.type == "mps":
             raise ValueError("--trainer.accelerator=mps has no float64, which folding needs; use cpu")
 
@@ -124,22 +115,31 @@ class BlockwiseTrainer(L.Trainer):
             output_dir: Folder of the quantized model, new or empty or that of an interrupted run.
             evaluate: Measure perplexity in full precision, rounded to nearest, and calibrated.
         """
-        began, started = datetime.now(UTC), time.monotonic()
-        one_step = bool(self._block_arguments.get("fast_dev_run"))  # per block
-        evaluate = evaluate and not one_step
+        evaluate = evaluate and not self._block_arguments.get("fast_dev_run")
         grid, folder, done = self._check(model, datamodule, output_dir)
         if evaluate:
-            datamodule.evaluation_text(model)  # so that a text too short is refused now, not at the end
+            windows = datamodule.evaluation_text(model).windows  # so that a text too short is refused now
+            share_of(windows, self.global_rank, self.world_size)
             if datamodule.text_name("validation") == datamodule.text_name("calibration"):
-                print(f"note: perplexity is measured on the calibration text, {datamodule.text_name('validation')}")
+                say(f"note: perplexity is measured on the calibration text, {datamodule.text_name('validation')}")
+        return launch(self, lambda: self._calibrate(model, datamodule, grid, folder, done, evaluate))
+
+    def _calibrate(
+        self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, folder: RunFolder, done: int, evaluate: bool
+    ) -> Report:
+        """In each of the processes, which are connected by now."""
+        began, started = datetime.now(UTC), time.monotonic()
+        done = self.strategy.broadcast(done)  # rank 0 has looked
         datamodule.trainer = self  # Lightning does this in validate; text sampled from the model wants the device now
-        ids = datamodule.calibration_ids(model)
-        if one_step:
-            ids = ids[: datamodule.batch_size]
+        ids = on_rank_zero(self, lambda: datamodule.calibration_ids(model))
+        if self._block_arguments.get("fast_dev_run"):  # one step per block
+            ids = ids[: datamodule.batch_size * self.world_size]
+        require_even(self, len(ids))
         weights = model.blocks
         with weights.on_demand():
             require_finite(model.lm, ids[:1], model.named_weights())
-        folder.create(self.run_config, ids_sha256(ids))
+        folder.note_data(ids_sha256(ids))
+        on_rank_zero(self, lambda: folder.create(self.run_config))
         on_disk = folder.path if self.activations == "disk" else None
         probe = self._probe(model, grid)
         report = Report(model.checkpoint, probe.title, grid, model.activations)
@@ -153,8 +153,9 @@ class BlockwiseTrainer(L.Trainer):
                 report.perplexities["full precision"] = self._perplexity(model, datamodule, on_disk)
             report.perplexities["RTN"] = self._perplexity(model, datamodule, on_disk)
 
+        own = ids[self.global_rank :: self.world_size]
         with weights.on_demand():
-            x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids, folder=on_disk)
+            x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), own, folder=on_disk)
         x_q = copy_of(x_fp)
         progress = RunProgress(done, len(blocks), _seed(), folder.path / RUNNING, folder.recipe_sha256)
         for block in blocks:
@@ -163,15 +164,15 @@ class BlockwiseTrainer(L.Trainer):
                     record = self._reload_block(block, folder, x_q, x_fp)
                 else:
                     record = self._calibrate_block(block, model, datamodule.batch_size, x_q, x_fp, progress)
-                    structure = block.structure().as_dict()
-                    folder.write_block(block.index, block.tensors(), {"record": asdict(record), "structure": structure})
+                    found = {"record": asdict(record), "structure": block.structure().as_dict()}
+                    on_rank_zero(self, partial(folder.write_block, block.index, block.tensors(), found))
             for number, layer in block.layers.items():
                 weights.moved(layer, partial(folder.read_layer, block.index, f"{block.parent}.{number}."))
             report.blocks.append(record)
-            print(record.line(len(blocks)), flush=True)
+            say(record.line(len(blocks)))
         del x_fp, x_q
 
-        report.bytes_after, stored = model.save_rest(folder, blocks)
+        report.bytes_after, stored = on_rank_zero(self, lambda: model.save_rest(folder, blocks))
         report.opens_in_stock = stored["format"] == FORMAT
         report.unquantized = stored["ignore"] + [f"{block.parent}.{name}" for block in blocks for name in block.kept]
         report.cost, report.num_blocks = Cost.of(model.lm), sum(len(block.layers) for block in blocks)
@@ -179,10 +180,12 @@ class BlockwiseTrainer(L.Trainer):
         if evaluate:
             report.perplexities[report.title] = self._perplexity(model, datamodule, on_disk)
         report.seconds = time.monotonic() - started
-        report.write(folder.path)
         made = {"started": began.isoformat(timespec="seconds"), "seconds": report.seconds, "machine": machine()}
-        folder.finish(len(blocks), {"recipe": folder.recipe, "versions": versions(), **made})
-        report.print()
+        if self.is_global_zero:
+            report.write(folder.path)
+            folder.finish(len(blocks), {"recipe": folder.recipe, "versions": versions(), **made})
+            report.print()
+        self.strategy.barrier()  # the folder is finished for every process that looks at it
         return report
 
     def plan(self, model: QuantizedLM, datamodule: TextData) -> Plan:
@@ -215,7 +218,7 @@ class BlockwiseTrainer(L.Trainer):
         with self._on_device(block):
             with block.full_precision():
                 block.map_(x_fp, at_once(x_fp))
-            require_finite_stream(pieces(x_fp, 1), block.name)
+            refused_by_any(self, lambda: require_finite_stream(pieces(x_fp, 1), block.name))
             before = self._error(block, x_q, x_fp)
         kept = block.kept_layers()
         module = model.method(block)
@@ -226,21 +229,36 @@ class BlockwiseTrainer(L.Trainer):
             tensors.append(copy_of(x_q))
             with self._on_device(block), block.full_precision():
                 block.map_(tensors[-1], at_once(x_q))
-        reason = self._fit_and_fold(module, Activations(tuple(tensors), batch_size, seed), x_q, x_fp, before)
+        activations = Activations(tuple(tensors), batch_size, seed, self.global_rank, self.world_size)
+        reason = self._fit_and_fold(module, activations, x_q, x_fp, before)
         if reason:
             block.restore_(kept)
         with self._on_device(block):
             if reason:
                 block.pack_()
+            self._take_rank_zeros(block, kept)
             block.map_(x_q, at_once(x_q))
         block.put_away()
-        pairs = zip(pieces(x_q, 1), pieces(x_fp, 1), strict=True)
-        after = float(torch.stack([token_error(x, target) for x, target in pairs]).mean())
-        squares = squared_error(x_q, x_fp)
+        device = self.strategy.root_device  # what is reduced is reduced there
+        after, squares = MeanMetric(nan_strategy="disable").to(device), SquaredError().to(device)
+        for x, target in zip(pieces(x_q, 1), pieces(x_fp, 1), strict=True):  # no second copy of the whole stream
+            after.update(token_error(x, target))
+            squares.update(x, target)
         unseen = [f"{block.parent}.{name}" for name in module.unseen]
         notes = [note for part in module.parts for note in part.notes]
         seconds = time.monotonic() - started
-        return BlockRecord(block.index, block.name, before, after, *squares, seconds, unseen, notes, reason)
+        mean, (whole, rest) = float(after.compute()), squares.compute().tolist()
+        return BlockRecord(block.index, block.name, before, mean, whole, rest, seconds, unseen, notes, reason)
+
+    def _take_rank_zeros(self, block: QuantBlock, kept: nn.ModuleDict) -> None:
+        """Every process goes on with one and the same block, whatever the last bit of its own device's arithmetic."""
+        if self.world_size == 1:
+            return
+        own = block.structure().as_dict(), {name: tensor.cpu() for name, tensor in block.tensors().items()}
+        structure, tensors = self.strategy.broadcast(own)
+        if not self.is_global_zero:
+            block.restore_(kept)
+            block.load_(PackedStructure.from_dict(structure), tensors)
 
     def _fit_and_fold(
         self, module: BlockModule, activations: Activations, x_q: Tensor, x_fp: Tensor, before: float
@@ -266,8 +284,10 @@ class BlockwiseTrainer(L.Trainer):
         """Train a block's parameters, or, where there are none, only let it take its statistics."""
         arguments = {k: v if k == "logger" else copy.deepcopy(v) for k, v in self._block_arguments.items()}
         kept = self._keep_steps(module, arguments)
-        with _quiet(), _interruptible():
-            trainer = L.Trainer(**arguments | {"logger": self.loggers or False, "use_distributed_sampler": False})
+        with quiet(), interruptible():
+            if self.world_size > 1 and module.block.has_experts:  # some may have no token of a batch
+                arguments["strategy"] = "ddp_find_unused_parameters_true"
+            trainer = L.Trainer(**arguments | {"logger": self.loggers or False})
             module.activations = activations
             if module.learnables():
                 trainer.fit(module, activations.shuffled(), ckpt_path=kept, weights_only=True)
@@ -278,18 +298,19 @@ class BlockwiseTrainer(L.Trainer):
     def _keep_steps(self, module: BlockModule, arguments: dict[str, Any]) -> Path | None:
         """Let a Trainer of these arguments keep its steps; the checkpoint to go on from, if there is one."""
         run = module.progress
-        if run is None or run.checkpoint is None or self.checkpoint_every is None or arguments.get("fast_dev_run"):
+        path = None if run is None else run.checkpoint
+        if run is None or path is None or self.checkpoint_every is None or arguments.get("fast_dev_run"):
             return None
-        sealed = SealedCheckpoints(run.checkpoint, {"run": run.recipe_sha256, "block": module.block.index})
+        sealed = SealedCheckpoints(path, {"run": run.recipe_sha256, "block": module.block.index})
         plugins = arguments.get("plugins") or []
         arguments["plugins"] = [*(plugins if isinstance(plugins, list | tuple) else [plugins]), sealed]
-        arguments["callbacks"] = [*arguments["callbacks"], KeepSteps(run.checkpoint, self.checkpoint_every)]
-        if not run.checkpoint.exists():
+        arguments["callbacks"] = [*arguments["callbacks"], KeepSteps(path, self.checkpoint_every)]
+        wrong = on_rank_zero(self, lambda: sealed.wrong() if path.exists() else None)
+        if wrong is None:
             return None
-        wrong = sealed.wrong()
         found = f"is not used, {wrong}; the fit begins anew" if wrong else "is there, the fit goes on from it"
-        print(f"block {module.block.index + 1}: {run.checkpoint.name} {found}", flush=True)
-        return None if wrong else run.checkpoint
+        say(f"block {module.block.index + 1}: {path.name} {found}")
+        return None if wrong else path
 
     def _reload_block(self, block: QuantBlock, folder: RunFolder, x_q: Tensor, x_fp: Tensor) -> BlockRecord:
         """Take a finished block from its file; both streams become its outputs."""
@@ -326,8 +347,9 @@ class BlockwiseTrainer(L.Trainer):
         if not Path(result_file).absolute().parent.is_dir():
             raise ValueError(f"--result_file={result_file}: there is no such folder")
         result = self._perplexity(model, datamodule)
-        write_json(Path(result_file), result.as_dict())
-        print(
+        if self.is_global_zero:
+            write_json(Path(result_file), result.as_dict())
+        say(
             f"{result.model}: perplexity {result.perplexity:.3f} per token, {result.word_perplexity:.2f} per word on "
             f"{result.protocol['text']} ({result.protocol['windows']} windows of {result.protocol['window_length']} "
             f"tokens, {result.dtype}); written to {result_file}"
@@ -337,21 +359,22 @@ class BlockwiseTrainer(L.Trainer):
             error = (
                 "" if compared.standard_error is None else f" with a standard error of {compared.standard_error:.4f}"
             )
-            print(
+            say(
                 f"{compared.ratio:.4f} times that of {earlier.model} ({earlier.perplexity:.3f}): a difference of "
                 f"{compared.difference:+.4f} nats a token, window by window{error}"
             )
         return result
 
     def _perplexity(self, model: QuantizedLM, datamodule: TextData, folder: Path | None = None) -> PerplexityResult:
-        windows, context = datamodule.evaluation_text(model).windows, self.strategy.precision_plugin.forward_context
-        with _quiet(), _interruptible(), model.known_outputs(windows, self.strategy.root_device, context, folder):
+        windows = share_of(datamodule.evaluation_text(model).windows, self.global_rank, self.world_size)
+        context = self.strategy.precision_plugin.forward_context
+        with quiet(), interruptible(), model.known_outputs(windows, self.strategy.root_device, context, folder):
             super().validate(model, datamodule=datamodule, verbose=False)
         protocol = datamodule.evaluation_text(model).protocol
         asked = protocol["tokens"] - protocol["windows"]  # all but the first token of every window
-        if int(model.nll.tokens) != asked:
+        if (seen := model.nll.seen()) != asked:
             raise ValueError(
-                f"{int(model.nll.tokens)} of {asked} tokens were measured: a perplexity is that of the whole text "
+                f"{seen} of {asked} tokens were measured: a perplexity is that of the whole text "
                 "asked for. Leave out --trainer.limit_val_batches and --trainer.fast_dev_run; use --data.eval_windows."
             )
         nll, precision = model.nll, self._precision_of(model)
@@ -378,15 +401,15 @@ class BlockwiseTrainer(L.Trainer):
         folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))
         rest = total - sum(o * i for o, i in shapes.values())
         size = predicted_bytes(shapes, dict.fromkeys(shapes, grid), rest, model.load_dtype)
+        if datamodule.num_samples is not None:
+            require_even(self, datamodule.num_samples)
         streams = self._stream_bytes(model, datamodule, probe) if self.activations == "disk" else 0
-        done = folder.check(size + streams)
+        done = folder.check(size + streams) if self.is_global_zero else 0
         title = Report(model.checkpoint, probe.title, grid, model.activations).title
         auto = " (group_size: auto)" if model.weights.group_size == "auto" else ""
-        print(
-            f"{title}{auto}: {len(shapes)} linear layers of {model.checkpoint} -> {output_dir}, {size / 2**20:.1f} MiB"
-        )
+        say(f"{title}{auto}: {len(shapes)} linear layers of {model.checkpoint} -> {output_dir}, {size / 2**20:.1f} MiB")
         if done:
-            print(f"going on with block {done + 1}; the first {done} are finished there")
+            say(f"going on with block {done + 1}; the first {done} are finished there")
         return grid, folder, done
 
     @staticmethod
@@ -399,6 +422,7 @@ class BlockwiseTrainer(L.Trainer):
     def _recipe(self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, method: BlockModule) -> dict[str, Any]:
         """All that decides the result."""
         own = {k: v for k, v in self._block_arguments.items() if k not in ("logger", "enable_progress_bar")}
+        own["devices"] = self.num_devices
         own["callbacks"] = [callback for callback in own["callbacks"] if not isinstance(callback, ProgressBar)]
         return {
             "plquant": plquant.__version__,
@@ -427,14 +451,11 @@ class BlockwiseTrainer(L.Trainer):
         with torch.no_grad(), self.strategy.precision_plugin.forward_context():
             yield
 
-    @staticmethod
-    def _error(block: QuantBlock, x: Tensor, target: Tensor) -> float:
-        size = at_once(x)
-        errors = [
-            token_error(output, t.to(output.device)) * len(t)
-            for output, t in zip(block.batches(x, size), pieces(target, size), strict=True)
-        ]
-        return float(torch.stack(errors).sum()) / len(x)
+    def _error(self, block: QuantBlock, x: Tensor, target: Tensor) -> float:
+        size, mean = at_once(x), MeanMetric(nan_strategy="disable").to(self.strategy.root_device)
+        for output, t in zip(block.batches(x, size), pieces(target, size), strict=True):
+            mean.update(token_error(output, t.to(output.device)), len(t))
+        return float(mean.compute())
 
 
 def _seed() -> int:
@@ -449,33 +470,3 @@ def full_precision(blocks: list[QuantBlock]) -> Iterator[None]:
         for block in blocks:
             stack.enter_context(block.full_precision())
         yield
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt, also where Lightning makes an exit of it and turns further ones off."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from stop
-        raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the banner and the hints that Lightning prints for every Trainer."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for hint in HINTS:
-            warnings.filterwarnings("ignore", message=hint)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

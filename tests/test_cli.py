@@ -171,7 +171,6 @@ def ids_file(folder: Path) -> str:
         ("--model.checkpoint /nowhere/model", "--model.checkpoint=/nowhere/model: no such checkpoint; give"),
         ("--model.checkpoint package:llm_none/x.gguf", "no package 'llm_none' is installed"),
         ("--model.checkpoint {bert}", "BertForMaskedLM, which is not a causal language model"),
-        ("--trainer.devices 2", "--trainer.devices=2"),
         ("--trainer.precision 16-mixed", "--trainer.precision=16-mixed.*use bf16-mixed or 32-true"),
     ],
 )

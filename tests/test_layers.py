@@ -23,6 +23,8 @@ BELOW = {
     "block_module": ["quant", "nn", "blocks", "parts"],
     "methods": ["blocks", "parts", "block_module"],
     "block_checkpoint": ["files"],
+    "distributed": [],
+    "quiet": [],
     "data": ["evaluating"],
     "callbacks": ["block_module"],
     "plan": ["quant", "formats", "block_module"],
@@ -47,12 +49,13 @@ BELOW = {
             "block_module",
             "block_checkpoint",
             "data",
+            "distributed",
             "files",
             "formats",
             "model",
             "callbacks",
         ],
-        *["callbacks", "finite", "manifest", "perplexity", "plan", "report", "run_folder"],
+        *["callbacks", "finite", "manifest", "perplexity", "plan", "quiet", "report", "run_folder"],
     ],
 }
 PURE = {"quant", "transforms", "kernels"}  # never lightning or transformers

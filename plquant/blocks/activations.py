@@ -21,30 +21,42 @@ def at_once(x: Tensor) -> int:
 
 
 class Order(Sampler[list[int]]):
-    """The numbers of the samples in a new random order each time, batch by batch.
+    """The numbers of a process's samples in a new random order each time, batch by batch.
 
-    Whole batches are indexed at once: no sample by sample collation.
+    Every place of a batch draws from samples of its own, shuffled: those whose number in the whole, divided by the
+    samples of a step, leaves the same remainder. So two processes with batches of one take the steps that one process
+    with batches of two takes. Whole batches are indexed at once: no sample by sample collation.
 
     Args:
-        samples: How many there are.
+        samples: How many this process has: those of the whole whose number, divided by ``ranks``, leaves ``rank``.
         batch_size: Of them in a batch; the last one may have less.
         seed: Of the order; the generator is private, so that nothing else changes with it.
+        rank: The process.
+        ranks: How many there are.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
+    def __init__(self, samples: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        sampler = RandomSampler(range(samples), generator=self._generator)
-        self._batches = BatchSampler(sampler, batch_size, drop_last=False)
+        self._samples, self._batch_size, self._rank, self._ranks = samples, batch_size, rank, ranks
         self._began = self._generator.get_state()
         self._skipped = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         self._began = self._generator.get_state()
         skipped, self._skipped = self._skipped, 0
-        return itertools.islice(self._batches, skipped, None)
+        return itertools.islice(self._batches(), skipped, None)
+
+    def _batches(self) -> Iterator[list[int]]:
+        at_a_step, whole = self._batch_size * self._ranks, self._samples * self._ranks
+        lengths = [len(range(place, whole, at_a_step)) for place in range(min(at_a_step, whole))]
+        # Drawn for the places of all processes, so that the generator is the same in each.
+        orders = [list(RandomSampler(range(length), generator=self._generator)) for length in lengths]
+        for step, _ in enumerate(orders[0]):
+            own = enumerate(orders[self._rank :: self._ranks])
+            yield [order[step] * self._batch_size + place for place, order in own if step < len(order)]
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return -(-self._samples // self._batch_size)
 
     def state(self) -> Tensor:
         """Of the generator when the pass that is under way began, uint8."""
@@ -70,15 +82,17 @@ class Activations:
     """Batches of (input under quantization, full-precision target [, augmented target]).
 
     Args:
-        tensors: Each [N, T, H], on the CPU, in memory or in files.
-        batch_size: Sequences per step.
+        tensors: Each [N, T, H], on the CPU, in memory or in files: the process's own samples.
+        batch_size: Sequences per step and process.
         seed: Of the order of the samples.
+        rank: The process.
+        ranks: How many there are.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self.dataset = _Samples(*tensors)
         self.batch_size = batch_size
-        self.order = Order(len(self.dataset), batch_size, seed)
+        self.order = Order(len(self.dataset), batch_size, seed, rank, ranks)
 
     def shuffled(self) -> DataLoader:
         """All samples, in a new order each time."""

@@ -108,9 +108,10 @@ class TextData(L.LightningDataModule, ABC):
         return ids[: len(ids) // length * length].view(-1, length)
 
     def val_dataloader(self) -> DataLoader:
-        """The evaluation windows one by one, each [1, T] int64."""
+        """The evaluation windows one by one, each [1, T] int64; of several processes each has its share."""
         assert self.trainer is not None, "the trainer attaches itself before it asks for a dataloader"
         windows: Any = self.evaluation_text(self.trainer.lightning_module).windows
+        windows = share_of(windows, self.trainer.global_rank, self.trainer.world_size)
         # its own generator: an iterating DataLoader draws from the global one even when it does not shuffle
         return DataLoader(windows, batch_size=1, generator=torch.Generator().manual_seed(self.seed))
 
@@ -154,6 +155,20 @@ class TextData(L.LightningDataModule, ABC):
             "windows": len(windows),
             "words": sum(len(decode(window).split()) for window in windows.tolist()),
         }
+
+
+def share_of(windows: Tensor, rank: int, ranks: int) -> Tensor:
+    """A stretch of the evaluation windows for each process.
+
+    Raises:
+        ValueError: There are fewer windows than processes.
+    """
+    if len(windows) < ranks:
+        raise ValueError(
+            f"{ranks} processes (--trainer.devices) cannot share {len(windows)} evaluation windows; use as many "
+            "--data.eval_windows, or fewer processes"
+        )
+    return windows.tensor_split(ranks)[rank]
 
 
 def ids_sha256(ids: Tensor) -> str:
