@@ -23,7 +23,7 @@ def compiler() -> str | None:
 
 @cache
 def library(source: Path, *flags: str) -> ctypes.CDLL:
-    """The shared library made of one source file with these flags.
+    """The shared library made of one source file, and the headers beside it, with these flags.
 
     Raises:
         RuntimeError: It does not compile; the message has what the compiler says.
@@ -31,7 +31,8 @@ def library(source: Path, *flags: str) -> ctypes.CDLL:
     command = compiler()
     assert command is not None
     flags = ("-std=c++17", "-shared", "-fPIC", "-fopenmp", *flags)
-    key = hashlib.sha256(source.read_bytes() + " ".join([command, *flags]).encode()).hexdigest()[:16]
+    read = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256(read + " ".join([command, *flags]).encode()).hexdigest()[:16]
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plquant" / f"{source.stem}-{key}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-// Products with weights of 2 to 8 bits on a CPU with AVX512-BF16; layout.py says how the codes lie.
+// Products with weights of 2 to 8 bits on a CPU with AVX512-BF16; cpu_layout.py says how the codes lie.
 //
 // A code is an integer below 257, which bf16 holds exactly, and so does fp32 the product with a bf16 activation. fp16
 // and fp32 activations are split into 2 and 3 bf16 numbers whose sum they are, so that nothing but the order of fp32
@@ -9,102 +9,11 @@
 //
 // Letters: N outputs, K inputs, 16 outputs are a tile, 32 inputs a unit, P parts of an activation, R = M P rows.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <vector>
-
-enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
-
-// The same struct in native.py.
-struct Weight {
-  const int16_t* codes;       // [tiles, units, bits, 32]
-  const void* scale;          // [groups, padded N] or [groups, padded K]
-  const uint8_t* zero_point;  // as scale; null: 2^(bits - 1)
-  int64_t out_features, in_features, group_size;
-  int32_t bits, along_out, scale_dtype, threads;
-};
-
-static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Where things lie once groups are padded to whole tiles or units.
-struct Shape {
-  int64_t groups, size, padded_size, tiles, units, padded_k;
-  explicit Shape(const Weight& w) {
-    size = w.group_size;
-    groups = (w.along_out ? w.out_features : w.in_features) / size;
-    padded_size = round_up(size, w.along_out ? 16 : 32);
-    tiles = w.along_out ? groups * padded_size / 16 : round_up(w.out_features, 16) / 16;
-    padded_k = w.along_out ? round_up(w.in_features, 32) : groups * padded_size;
-    units = padded_k / 32;
-  }
-  // First output of a tile and how many of its 16 are outputs.
-  int64_t first(const Weight& w, int64_t tile) const {
-    if (!w.along_out) return tile * 16;
-    int64_t per_group = padded_size / 16;
-    return tile / per_group * size + tile % per_group * 16;
-  }
-  int64_t valid(const Weight& w, int64_t tile) const {
-    int64_t left = w.along_out ? size - tile % (padded_size / 16) * 16 : w.out_features - tile * 16;
-    return std::min<int64_t>(16, left);
-  }
-};
-
-static inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
-
-static inline __m512 load16(const void* p, int64_t i, int dtype, __mmask16 mask = 0xffff) {
-  if (dtype == F32) return _mm512_maskz_loadu_ps(mask, (const float*)p + i);
-  __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)p + i);
-  if (dtype == F16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-static inline __m256i to_bf16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-
-static inline void store16(void* p, int64_t i, int dtype, __m512 v, __mmask16 mask = 0xffff) {
-  if (dtype == F32) return _mm512_mask_storeu_ps((float*)p + i, mask, v);
-  __m256i half = dtype == BF16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_mask_storeu_epi16((uint16_t*)p + i, mask, half);
-}
-
-static inline __m512 zero_points(const Weight& w, int64_t i) {
-  if (!w.zero_point) return _mm512_set1_ps((float)(1 << (w.bits - 1)));
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w.zero_point + i))));
-}
+#include "cpu.h"
 
 // What a code of 6 or 7 bits is multiplied as, less the code: see Step.
 static inline __m512 raised(const Weight& w, __m512 zero_point) {
   return w.bits == 6 || w.bits == 7 ? _mm512_add_ps(zero_point, _mm512_set1_ps(128)) : zero_point;
-}
-
-// ---- codes -----------------------------------------------------------------------------------------------------------
-
-template <int S>
-static inline __m512i shift16(__m512i v) {
-  if constexpr (S >= 0) return _mm512_srli_epi16(v, S);
-  return _mm512_slli_epi16(v, -S);
-}
-
-// Codes of the I-th pair of inputs in a unit, in the low bits of 16-bit lanes; what is above them is arbitrary.
-template <int B, int I>
-static inline __m512i code(const __m512i* z) {
-  constexpr int fours = B == 8 ? 8 : B >= 4 ? 4 : 0, twos = (B & 2) && B != 8 ? 2 : 0;
-  __m512i q = B >= 4 ? shift16<4 * (I % 4)>(_mm512_loadu_si512(z + I / 4)) : _mm512_setzero_si512();
-  if constexpr (twos && !fours) q = shift16<2 * (I % 8)>(_mm512_loadu_si512(z + I / 8));
-  if constexpr (twos && fours) {
-    __m512i t = shift16<2 * (I % 8) - 4>(_mm512_loadu_si512(z + fours + I / 8));
-    q = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), t, q, 0xca);
-  }
-  if constexpr (B == 8) {
-    __m512i t = shift16<4 * (I % 4) - 4>(_mm512_loadu_si512(z + 4 + I / 4));
-    q = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0xf0), t, q, 0xca);
-  } else if constexpr (B & 1) {
-    __m512i t = shift16<I - (B - 1)>(_mm512_loadu_si512(z + fours + twos));
-    q = _mm512_ternarylogic_epi32(_mm512_set1_epi16(1 << (B - 1)), t, q, 0xca);
-  }
-  return q;
 }
 
 template <int B>
@@ -292,6 +201,121 @@ extern "C" void plquant_few_rows(const Weight* weight, const void* x, int32_t x_
   }
 }
 
+// ---- few rows of integers --------------------------------------------------------------------------------------------
+
+template <int B, int R>
+struct Quads {
+  template <int I>
+  static inline void one(const __m512i* z, const int8_t* x, int64_t stride, __m512i (&acc)[R], __m512i& sum) {
+    if constexpr (I < 8) {
+      __m512i q = quad<B, I>(z);
+      sum = _mm512_dpbusd_epi32(sum, q, _mm512_set1_epi8(1));
+      for (int r = 0; r < R; r++)
+        acc[r] = _mm512_dpbusd_epi32(acc[r], q, _mm512_set1_epi32(*(const int32_t*)(x + r * stride + 4 * I)));
+      one<I + 1>(z, x, stride, acc, sum);
+    }
+  }
+};
+
+struct Integers {
+  const int8_t* values;      // [R, padded K], in the order of quads
+  const int32_t *zero, *sum;  // [R], [R, groups]
+  const float* scale;
+  const void* bias;
+  void* y;
+  int32_t dtype;
+  int64_t m;
+};
+
+template <int B, int R, int T>
+static void integer_tiles(const Weight& w, const Shape& s, const Integers& in, int64_t tile) {
+  int64_t units = s.units / s.groups, padded_n = s.tiles * 16;
+  const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
+  __m512 total[T][R];
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < s.groups; g++) {
+    __m512i acc[T][R], sum[T];
+    for (int t = 0; t < T; t++) {
+      sum[t] = _mm512_setzero_si512();
+      for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_si512();
+    }
+    for (int64_t u = g * units; u < (g + 1) * units; u++)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) {
+        const __m512i* z = codes + (t * s.units + u) * B;
+        for (int b = 0; b < B; b++) _mm_prefetch((const char*)(z + b) + 2048, _MM_HINT_T0);
+        Quads<B, R>::template one<0>(z, in.values + u * 32, s.padded_k, acc[t], sum[t]);
+      }
+    for (int t = 0; t < T; t++) {
+      int64_t at = g * padded_n + (tile + t) * 16;
+      __m512 scale = load16(w.scale, at, w.scale_dtype);
+      __m512i zero = _mm512_cvtps_epi32(zero_points(w, at));
+      for (int r = 0; r < R; r++) {  // exact, also where a part of it wraps around
+        __m512i rest = _mm512_set1_epi32(in.sum[r * s.groups + g] - (int32_t)s.size * in.zero[r]);
+        __m512i n = _mm512_sub_epi32(acc[t][r], _mm512_mullo_epi32(_mm512_set1_epi32(in.zero[r]), sum[t]));
+        n = _mm512_sub_epi32(n, _mm512_mullo_epi32(zero, rest));
+        total[t][r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(n), total[t][r]);
+      }
+    }
+  }
+  for (int t = 0; t < T; t++) {
+    int64_t first = s.first(w, tile + t);
+    __mmask16 mask = lanes(s.valid(w, tile + t));
+    __m512 bias = in.bias ? load16(in.bias, first, in.dtype, mask) : _mm512_setzero_ps();
+    for (int64_t m = 0; m < in.m; m++)
+      store16(in.y, m * w.out_features + first, in.dtype,
+              _mm512_add_ps(_mm512_mul_ps(total[t][m], _mm512_set1_ps(in.scale[m])), bias), mask);
+  }
+}
+
+template <int B, int R>
+static void all_integer_tiles(const Weight& w, const Shape& s, const Integers& in) {
+  constexpr int T = R >= 16 ? 1 : R >= 8 ? 2 : 4;
+#pragma omp parallel for num_threads(w.threads) if (w.threads > 1)
+  for (int64_t tile = 0; tile < s.tiles; tile += T) {
+    if (tile + T <= s.tiles) integer_tiles<B, R, T>(w, s, in, tile);
+    else for (int64_t t = tile; t < s.tiles; t++) integer_tiles<B, R, 1>(w, s, in, t);
+  }
+}
+
+template <int B>
+static void all_integer_rows(const Weight& w, const Shape& s, const Integers& in) {
+  if (in.m == 1) return all_integer_tiles<B, 1>(w, s, in);
+  if (in.m <= 4) return all_integer_tiles<B, 4>(w, s, in);
+  return all_integer_tiles<B, 16>(w, s, in);
+}
+
+// y [M, N] = x W^T scale + bias of at most 16 rows of signed codes with their zero-points; groups along the input.
+extern "C" void plquant_few_integer_rows(const Weight* weight, const int8_t* x, int64_t m, const float* scale,
+                                         const int32_t* zero, const void* bias, void* y, int32_t dtype) {
+  const Weight& w = *weight;
+  Shape s(w);
+  int64_t count = m == 1 ? 1 : m <= 4 ? 4 : 16;
+  static thread_local std::vector<int8_t> values;
+  static thread_local std::vector<int32_t> zeros, sums;
+  values.assign(count * s.padded_k, 0), zeros.assign(count, 0), sums.assign(count * s.groups, 0);
+  for (int64_t i = 0; i < m; i++) {
+    zeros[i] = zero[i];
+    for (int64_t g = 0; g < s.groups; g++)
+      for (int64_t k = 0; k < s.size; k++) {
+        int8_t value = x[i * w.in_features + g * s.size + k];
+        sums[i * s.groups + g] += value;
+        values[i * s.padded_k + g * s.padded_size + k / 32 * 32 + k % 16 * 2 + k % 32 / 16] = value;
+      }
+  }
+  Integers in{values.data(), zeros.data(), sums.data(), scale, bias, y, dtype, m};
+  switch (w.bits) {
+    case 2: return all_integer_rows<2>(w, s, in);
+    case 3: return all_integer_rows<3>(w, s, in);
+    case 4: return all_integer_rows<4>(w, s, in);
+    case 5: return all_integer_rows<5>(w, s, in);
+    case 6: return all_integer_rows<6>(w, s, in);
+    case 7: return all_integer_rows<7>(w, s, in);
+    default: return all_integer_rows<8>(w, s, in);
+  }
+}
+
 // ---- many rows -------------------------------------------------------------------------------------------------------
 
 // Where a unit of a tile goes, as numbers of dtype D; Whole: all of its 32 inputs and 16 outputs are there.
@@ -373,10 +397,11 @@ extern "C" void plquant_dequantize(const Weight* weight, int64_t begin, int64_t 
 
 // ---- activations -----------------------------------------------------------------------------------------------------
 
-// Steps (code - zero_point), fp32 [M, K], and scales [M] of rows quantized each in its own range; as
-// quant/token_quantize.py computes them, to the last bit.
+// Rows quantized each in its own range, as quant/token_quantize.py does, to the last bit: scales [M] and steps
+// (code - zero_point), fp32 [M, K], or signed codes, int8 [M, K], with their zero-points and sums, int32 [M].
 extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, int64_t k, int32_t bits,
-                                      int32_t symmetric, const float* offset, float* steps, float* scales) {
+                                      int32_t symmetric, const float* offset, float* steps, float* scales,
+                                      int8_t* codes, int32_t* zeros, int32_t* sums) {
   float qmin = symmetric ? -(float)(1 << (bits - 1)) : 0, qmax = qmin + (float)((1 << bits) - 1);
   for (int64_t i = 0; i < m; i++) {
     __m512 low = _mm512_setzero_ps(), high = low;
@@ -389,18 +414,27 @@ extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, i
     scale = std::max(scale, 1.17549435e-38f);
     if (!symmetric) zero = std::min(std::max(std::nearbyint(-lo / scale), qmin), qmax);
     scales[i] = scale;
+    int32_t middle = symmetric ? 0 : 1 << (bits - 1), shift = (int32_t)zero - middle;
+    __m512i sum = _mm512_setzero_si512();
     for (int64_t j = 0; j < k; j += 16) {
       __mmask16 mask = lanes(k - j);
       __m512 v = _mm512_div_ps(load16(x, i * k + j, dtype, mask), _mm512_set1_ps(scale));
       if (offset) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, offset + j));
       v = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(qmin - zero)), _mm512_set1_ps(qmax - zero));
-      _mm512_mask_storeu_ps(steps + i * k + j, mask, v);
+      if (steps) {
+        _mm512_mask_storeu_ps(steps + i * k + j, mask, v);
+        continue;
+      }
+      __m512i code = _mm512_maskz_add_epi32(mask, _mm512_cvtps_epi32(v), _mm512_set1_epi32(shift));
+      sum = _mm512_add_epi32(sum, code);
+      _mm_mask_storeu_epi8(codes + i * k + j, mask, _mm512_cvtepi32_epi8(code));
     }
+    if (!steps) zeros[i] = shift, sums[i] = _mm512_reduce_add_epi32(sum);
   }
 }
 
 extern "C" int32_t plquant_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }

@@ -1,4 +1,4 @@
-"""The compiled half of the CPU kernels, cpu.cpp."""
+"""The compiled half of the CPU kernels: cpu.cpp, and amx.cpp where the CPU has AMX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from torch import Tensor
 from plquant.kernels.cpu_layout import Shape, Weight
 from plquant.native import compiler, library
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE, AMX_SOURCE = (Path(__file__).with_name(name) for name in ("cpu.cpp", "amx.cpp"))
 FLAGS = [
     *["-O2", "-ffp-contract=off", "-mfma", "-mf16c"],
-    *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+    *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"],
 ]
+AMX_FLAGS = [*FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}  # bf16 numbers whose sum an activation is
 MOST_ROWS = 16  # of bf16, at once
@@ -88,9 +89,88 @@ def quantize_rows(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None) 
     steps, scales = torch.empty_like(x, dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
     _library().plquant_quantize_rows(
         *[x.data_ptr(), DTYPES[x.dtype], *x.shape, bits, symmetric],
-        *[_pointer(offset), steps.data_ptr(), scales.data_ptr()],
+        *[_pointer(offset), steps.data_ptr(), scales.data_ptr(), None, None, None],
     )
     return steps, scales
+
+
+class Codes(NamedTuple):
+    """Rows of activations as signed codes, x = scale (code - zero_point).
+
+    Attributes:
+        codes: int8 [M, K].
+        scale: fp32 [M].
+        zero_point: int32 [M].
+        sums: int32 [M], of the codes of each row.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    sums: Tensor
+
+
+def row_codes(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None) -> Codes:
+    """The codes behind ``quantize_rows``."""
+    zero_point, sums = x.new_empty(2, x.shape[0], dtype=torch.int32)
+    found = Codes(torch.empty_like(x, dtype=torch.int8), torch.empty_like(sums, dtype=torch.float32), zero_point, sums)
+    _library().plquant_quantize_rows(
+        *[x.data_ptr(), DTYPES[x.dtype], *x.shape, bits, symmetric],
+        *[_pointer(offset), None, found.scale.data_ptr(), found.codes.data_ptr()],
+        *[zero_point.data_ptr(), sums.data_ptr()],
+    )
+    return found
+
+
+def few_integer_rows(x: Codes, weight: Weight, shape: Shape, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x W^T + bias``, [M, N] of ``dtype``, M at most ``MOST_ROWS``; groups along the input."""
+    out = x.scale.new_empty(len(x.codes), shape.out_features, dtype=dtype)
+    _library().plquant_few_integer_rows(
+        *[_described(weight, shape), x.codes.data_ptr(), len(x.codes), x.scale.data_ptr(), x.zero_point.data_ptr()],
+        *[_pointer(bias), out.data_ptr(), DTYPES[dtype]],
+    )
+    return out
+
+
+def many_rows(
+    x: Tensor | Codes,
+    weight: Weight,
+    shape: Shape,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """``x W^T row_scale + bias`` with AMX: needs ``amx()``.
+
+    Args:
+        x: bf16 [M, K], contiguous, or codes, with one group along the input.
+        weight: The weight.
+        shape: Its shape.
+        bias: [N] of ``dtype``, or ``None``.
+        dtype: Of the result.
+        row_scale: fp32 [M], or ``None``; codes have their own.
+
+    Returns:
+        [M, N].
+    """
+    values, scale, *more = x if isinstance(x, Codes) else (x, row_scale, None, None)
+    assert values is not None
+    out = values.new_empty(len(values), shape.out_features, dtype=dtype)
+    _amx_library().plquant_many_rows(
+        *[_described(weight, shape), values.data_ptr(), len(values), _pointer(scale), *map(_pointer, more)],
+        *[_pointer(bias), out.data_ptr(), DTYPES[dtype]],
+    )
+    return out
+
+
+@cache
+def amx() -> bool:
+    """Whether the CPU has AMX, the system lets us use it, and the compiler knows it."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+        return {"amx_tile", "amx_int8", "amx_bf16"} <= flags and bool(_amx_library().plquant_amx_start())
+    except (OSError, IndexError, RuntimeError):
+        return False
 
 
 @cache
@@ -107,7 +187,7 @@ def _missing() -> str:
         return f"it has kernels for x86, not for {platform.machine()}"
     if compiler() is None:
         return "there is no C++ compiler; install g++ or clang++, or name one in CXX"
-    return "" if _library().plquant_supported() else "the CPU lacks AVX512-BF16"
+    return "" if _library().plquant_supported() else "the CPU lacks AVX512-BF16 or VNNI"
 
 
 @cache
@@ -116,8 +196,18 @@ def _library() -> ctypes.CDLL:
     weight, pointer, wide, narrow = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     few: list[Any] = [weight, pointer, narrow, narrow, wide, pointer, pointer, pointer, narrow]
     many: list[Any] = [weight, wide, wide, wide, pointer, narrow]
-    rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, pointer, pointer, pointer]
+    rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, *[pointer] * 6]
+    integers: list[Any] = [weight, pointer, wide, *[pointer] * 4, narrow]
     found.plquant_few_rows.argtypes = few
     found.plquant_dequantize.argtypes = many
     found.plquant_quantize_rows.argtypes = rows
+    found.plquant_few_integer_rows.argtypes = integers
+    return found
+
+
+@cache
+def _amx_library() -> ctypes.CDLL:
+    found = library(AMX_SOURCE, *AMX_FLAGS)
+    pointer, wide = ctypes.c_void_p, ctypes.c_int64
+    found.plquant_many_rows.argtypes = [ctypes.POINTER(_Weight), pointer, wide, *[pointer] * 5, ctypes.c_int32]
     return found

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plquant.kernels import native, ops, reference
+from plquant.kernels import cpu, native, ops, reference
 from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
 
 N, K = 96, 192
@@ -62,10 +62,11 @@ def test_products_are_those_of_the_reference(
     bits: int, along_out: bool, size: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     weight, shape, _ = made(bits, along_out, size, dtype, symmetric)
-    for m in (1, 3, 8, 40):  # the last dequantizes, and rounds weights to the dtype
+    for m in (1, 3, 8, 40):  # the last dequantizes, and rounds weights to the dtype; AMX does with 5 already
         x, bias = activations(m, dtype)
         expected = x.double() @ exact(weight, shape).t() + bias.double()
-        assert error(ops.linear(x, *weight, bias, *shape), expected) < BOUND[dtype] * (2 if m == 40 else 1)
+        rounds = m == 40 or (dtype == torch.bfloat16 and (along_out or m > 4))
+        assert error(ops.linear(x, *weight, bias, *shape), expected) < BOUND[dtype] * (2 if rounds else 1)
 
 
 @needs_kernels
@@ -83,7 +84,56 @@ def test_quantized_products_are_those_of_the_codes(
         steps, scale = reference.quantize_rows(x, bits, symmetric, offset)
         expected = scale.double() * (steps.double() @ exact(weight, shape).t()) + bias.double()
         output = ops.quantized_linear(x, *weight, bias, *shape, bits, symmetric, offset)
-        assert error(output, expected) < BOUND[dtype] * (2 if m == 40 else 1)
+        rounds = m == 40 or (dtype == torch.bfloat16 and along_out)
+        assert error(output, expected) < BOUND[dtype] * (2 if rounds else 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("amx", [True, False], ids=["AMX", "no AMX"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_rows_of_sizes_that_fill_no_tile(threads: int, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not amx:
+        monkeypatch.setattr(native, "amx", lambda: False)
+    elif not native.amx():
+        pytest.skip("no AMX")
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    for n, k, size, along_out in (
+        (71, 96, 96, False),
+        (600, 1120, 1120, False),
+        (71, 90, 30, False),
+        (60, 77, 20, True),
+    ):
+        for bits in (3, 4, 6, 8):
+            shape = Shape(n, k, bits, size, along_out)
+            groups = (n // size, k) if along_out else (n, k // size)
+            codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, generator=generator)
+            zeros = torch.randint(0, 1 << bits, groups, dtype=torch.uint8, generator=generator)
+            weight = lay_out(codes, (torch.rand(groups, generator=generator) + 0.5).bfloat16(), zeros, shape)
+            wide = exact(weight, shape)
+            for m in (5, 17, 33, 520):
+                x = torch.randn(m, k, generator=generator).bfloat16()
+                plain = error(reference.linear(x, weight, None, shape), x.double() @ wide.t())
+                assert error(ops.linear(x, *weight, None, *shape), x.double() @ wide.t()) < 1.1 * plain
+                steps, scale = reference.quantize_rows(x, 8, False, None)
+                expected = scale.double() * (steps.double() @ wide.t())
+                output = ops.quantized_linear(x, *weight, None, *shape, 8, False, None)
+                assert error(output, expected) < (1.1 if amx else 1.35) * plain  # torch rounds, then the scale does
+
+
+@needs_kernels
+def test_integer_products_are_exact() -> None:
+    """Codes at their ends, over so many inputs that a sum just fits 32 bits."""
+    k = cpu.MOST_INTEGER_INPUTS
+    shape = Shape(16, k, 8, k, False)
+    weight = lay_out(torch.full((16, k), 255, dtype=torch.uint8), torch.ones(16, 1), torch.zeros(16, 1).byte(), shape)
+    for m in (1, 4, 6):
+        x = -torch.ones(m, k)
+        x[0] = 1
+        output = ops.quantized_linear(x, *weight, None, *shape, 8, False, None)
+        steps, scale = reference.quantize_rows(x, 8, False, None)
+        expected = (steps.double().sum(1) * 255).float() * scale[:, 0]
+        assert torch.equal(output, expected[:, None].expand(m, 16)), m
 
 
 @needs_kernels
@@ -94,6 +144,9 @@ def test_activations_get_the_steps_of_the_specification() -> None:
             steps, scale = native.quantize_rows(x, bits, symmetric, None)
             expected = reference.quantize_rows(x, bits, symmetric, None)
             assert torch.equal(steps, expected[0]) and torch.equal(scale[:, None], expected[1])
+            codes = native.row_codes(x, bits, symmetric, None)
+            assert torch.equal((codes.codes - codes.zero_point[:, None]).float(), steps)
+            assert torch.equal(codes.sums, codes.codes.sum(1, dtype=torch.int32)) and torch.equal(codes.scale, scale)
 
 
 def test_any_leading_shape_strides_and_nothing_at_all() -> None:
