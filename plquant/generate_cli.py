@@ -18,6 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile", action="store_true", help="compile the step: about a minute before the second token, then faster"
     )
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is a GPU, else cpu)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     return parser
 
@@ -44,19 +45,20 @@ def _generate(options: argparse.Namespace) -> None:
     from plquant.generation import end_tokens, generate
     from plquant.packed_model import load
 
-    lm = load(options.folder, trust_remote_code=options.trust_remote_code)
+    device = _device(options.device)
+    lm = load(options.folder, trust_remote_code=options.trust_remote_code).to(device)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     texts = [_in_template(tokenizer, text) if options.chat else text for text in options.prompt]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not options.chat)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not options.chat).to(device)
     ends, found, shown = end_tokens(lm), torch.empty(len(texts), 0, dtype=torch.long), ""
     start = time.perf_counter()
     for token in generate(lm, batch.input_ids, batch.attention_mask, options.max_new_tokens, options.compile):
         if not found.shape[1]:
             first = time.perf_counter()
-        found = torch.cat([found, token[:, None]], 1)
+        found = torch.cat([found, token[:, None].cpu()], 1)
         if len(texts) == 1:  # streams; what may become another letter with the next token waits
             text = tokenizer.decode(found[0], skip_special_tokens=True)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -73,6 +75,22 @@ def _generate(options: argparse.Namespace) -> None:
     rate = f", then {steps * len(texts) / (end - first):.1f} tokens/s" if steps else ""
     prompt_rate = batch.attention_mask.sum().item() / (first - start)
     print(f"[prompt {prompt_rate:.1f} tokens/s{rate}]", file=sys.stderr)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    there = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda" if there else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= there):
+        possible = ", ".join(["cpu", *(f"cuda:{index}" for index in range(there))])
+        raise ValueError(f"--device={name} is not here; choose among {possible}")
+    return device
 
 
 def _in_template(tokenizer: Any, text: str) -> Any:
