@@ -3,7 +3,8 @@
     python bench/kernels.py --shape 4096 4096 --rows 1 512 --csv bench/results/kernels_cpu.csv
 
 One process, one thread, the ways in turn, CPU time, medians. Copies of every weight go round, so that they come from
-memory and not from a cache. A table for people, the last line is JSON.
+memory and not from a cache. GB/s are those of the weight; "read" adds up as many bytes as bf16 has: what memory gives.
+A table for people, the last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def copies(tensor: Tensor, megabytes: int) -> list[Tensor]:
     return [tensor.clone() for _ in range(max(2, megabytes * 2**20 // tensor.nbytes))]
 
 
-def ours(n: int, k: int, bits: int, along_out: bool, x_bits: int | None, megabytes: int) -> Way:
-    """A product of ours with a random weight; per channel where activations are quantized."""
+def ours(n: int, k: int, bits: int, along_out: bool, x_bits: int | None, megabytes: int) -> tuple[Way, int]:
+    """A product of ours with a random weight, and its bytes; per channel where activations are quantized."""
     shape = Shape(n, k, bits, k if x_bits else 128, along_out)
     groups = (shape.groups, k) if along_out else (n, shape.groups)
     codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
@@ -49,16 +50,25 @@ def ours(n: int, k: int, bits: int, along_out: bool, x_bits: int | None, megabyt
     weight = lay_out(codes, torch.rand(groups).bfloat16(), zero_point, shape)
     rest = (*weight[1:], None, *shape)
     turn = itertools.cycle(copies(weight.codes, megabytes))
+    size = sum(tensor.nbytes for tensor in weight if tensor is not None)
     if x_bits is None:
-        return lambda x: ops.linear(x, next(turn), *rest)
-    return lambda x: ops.quantized_linear(x, next(turn), *rest, x_bits, False, None)
+        return (lambda x: ops.linear(x, next(turn), *rest)), size
+    return (lambda x: ops.quantized_linear(x, next(turn), *rest, x_bits, False, None)), size
 
 
-def baselines(n: int, k: int, megabytes: int) -> dict[str, Way]:
-    """The bf16 product, its 4-bit op, and bitsandbytes."""
+def dense(n: int, k: int, megabytes: int) -> dict[str, tuple[Way, int]]:
+    """The bf16 product, and reading its weight."""
+    weights = itertools.cycle(copies(torch.randn(n, k).bfloat16(), megabytes))
+    return {
+        "bf16": (lambda x: F.linear(x, next(weights)), 2 * n * k),
+        "read": (lambda x: next(weights).view(torch.int64).sum(), 2 * n * k),
+    }
+
+
+def baselines(n: int, k: int, megabytes: int) -> dict[str, tuple[Way, int]]:
+    """Torch's 4-bit op, and bitsandbytes."""
     import bitsandbytes as bnb
 
-    dense = itertools.cycle(copies(torch.randn(n, k).bfloat16(), megabytes))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 2)
     four = itertools.cycle(copies(packed, megabytes))
     scales = torch.rand(k // 128, n, 2).bfloat16()
@@ -68,13 +78,15 @@ def baselines(n: int, k: int, megabytes: int) -> dict[str, Way]:
         layers.append(layer.to("cpu").to(torch.bfloat16).eval())
     nf4 = itertools.cycle(layers)
     return {
-        "bf16": lambda x: F.linear(x, next(dense)),
-        "torch int4pack g128": lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, next(four), 128, scales),
-        "bitsandbytes NF4": lambda x: next(nf4)(x),
+        "torch int4pack g128": (
+            lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, next(four), 128, scales),
+            packed.nbytes + scales.nbytes,
+        ),
+        "bitsandbytes NF4": (lambda x: next(nf4)(x), n * k // 2 + 4 * n * k // 64),
     }
 
 
-def measured(ways: dict[str, Way], x: Tensor, rounds: int) -> dict[str, float]:
+def measured(ways: Mapping[str, Way], x: Tensor, rounds: int) -> dict[str, float]:
     """Median milliseconds of each."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
@@ -106,16 +118,18 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     rows = []
     with torch.inference_mode():
-        ways = baselines(n, k, options.megabytes)
-        if options.ours:
-            ways = {"bf16": ways["bf16"]}
+        ways = dense(n, k, options.megabytes)
+        if not options.ours:
+            ways |= baselines(n, k, options.megabytes)
         ways |= {name: ours(n, k, bits, out, x, options.megabytes) for name, bits, out, x in GRIDS}
         for m in options.rows:
-            found = measured(ways, torch.randn(m, k).bfloat16(), options.rounds)
+            run = {name: way for name, (way, _) in ways.items()}
+            found = measured(run, torch.randn(m, k).bfloat16(), options.rounds)
             for name, ms in found.items():
-                ratio = found["bf16"] / ms
-                print(f"M={m:<4} {name:22} {ms:9.3f} ms   {ratio:5.2f} x bf16", flush=True)
-                rows.append({"rows": m, "way": name, "ms": round(ms, 4), "times_bf16": round(ratio, 3)})
+                ratio, speed = found["bf16"] / ms, ways[name][1] / ms / 1e6
+                print(f"M={m:<4} {name:22} {ms:9.3f} ms   {ratio:5.2f} x bf16   {speed:5.1f} GB/s", flush=True)
+                row = {"rows": m, "way": name, "ms": round(ms, 4), "times_bf16": round(ratio, 3)}
+                rows.append(row | {"gb_per_s": round(speed, 2)})
     where = {"shape": f"{n}x{k}", "cpu": cpu, "torch": torch.__version__, "commit": commit}
     if options.csv:
         new = not options.csv.exists()
