@@ -4,7 +4,7 @@
     python bench/scale.py --shape llama-2-7b --blocks 4 8 32 --samples 2 --seq_len 256 --method RTN --folder /mnt/big
 
 Writes Llama-shaped checkpoints of random weights, tensor by tensor, runs `plquant calibrate` on each and reads the
-greatest resident memory and the wall time of the process. A table for people, the last line is JSON; rows are appended
+greatest resident memory and the time of the process. A table for people, the last line is JSON; rows are appended
 to bench/results/scale.csv, and a plot is written beside it.
 """
 
@@ -83,7 +83,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def calibrate(checkpoint: Path, out: Path, samples: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run it; seconds and GiB of the process, seconds of its blocks."""
+    """Run it; GiB and seconds of the process, wall and CPU, and of its blocks."""
     flags = {
         **{"model.checkpoint": checkpoint, "output_dir": out, "model.method": options.method},
         **{"model.streaming": str(options.streaming).lower(), "trainer.activations": options.activations},
@@ -104,7 +104,9 @@ def calibrate(checkpoint: Path, out: Path, samples: int, options: argparse.Names
     with open(out / "blocks.csv", newline="") as file:
         per_block = [float(row["seconds"]) for row in csv.DictReader(file)]
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"GiB": peak / 2**30, "seconds": seconds, "seconds a block": sum(per_block) / len(per_block)}
+    own = usage.ru_utime + usage.ru_stime  # what other work on the machine does not lengthen
+    times = {"seconds": seconds, "CPU seconds": own, "seconds a block": sum(per_block) / len(per_block)}
+    return {"GiB": peak / 2**30} | times
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
@@ -128,6 +130,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory(prefix="scale-out-", dir=root) as out:
                 rows.append(case | how | calibrate(checkpoint, Path(out), samples, options))
             print(line(rows[-1]), flush=True)
+            write_csv(Path(options.results), rows[-1])
     return rows
 
 
@@ -136,8 +139,8 @@ def line(row: dict[str, Any]) -> str:
     return " | ".join(f"{value:15.2f}" if isinstance(value, float) else f"{value!s:>15}" for value in row.values())
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append the rows, with when and where they were measured."""
+def write_csv(path: Path, row: dict[str, Any]) -> None:
+    """Append the row, with when and where it was measured."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     where = {
         "date": time.strftime("%Y-%m-%d"),
@@ -149,10 +152,10 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*where, *rows[0]])
+        writer = csv.DictWriter(file, [*where, *row])
         if is_new:
             writer.writeheader()
-        writer.writerows(where | {k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+        writer.writerow(where | {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -165,7 +168,7 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     figure, grid = pyplot.subplots(2, 2, figsize=(9, 6), constrained_layout=True)
     for column, (axis, fixed) in enumerate((("blocks", "samples"), ("samples", "blocks"))):
         shown = [row for row in rows if row[fixed] == rows[0][fixed]]
-        for axes, quantity in zip(grid[:, column], ("GiB", "seconds"), strict=True):
+        for axes, quantity in zip(grid[:, column], ("GiB", "CPU seconds"), strict=True):
             points = sorted((row[axis], row[quantity]) for row in shown)
             axes.plot(*zip(*points, strict=True), "o-")
             axes.set(xlabel=f"{axis} ({rows[0][fixed]} {fixed})", ylabel=quantity, ylim=(0, None))
@@ -180,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--samples", type=int, nargs="+", default=[8, 32, 128], help="the first with all --blocks")
+    parser.add_argument("--samples", type=int, nargs="+", default=[8, 32], help="the first with all --blocks")
     parser.add_argument("--seq_len", type=int, default=256, help="tokens of a sample")
     parser.add_argument("--method", default="GPTQ")
     parser.add_argument("--epochs", type=int, default=1)
@@ -196,7 +199,6 @@ def main() -> None:
     for row in rows:
         print(line(row))
     path = Path(options.results)
-    write_csv(path, rows)
     how = "streaming" if options.streaming else "whole"
     plot(path.with_name(f"scale_{options.shape}_{options.method}_{how}.png"), rows)
     print(json.dumps({"rows": rows, "threads": torch.get_num_threads(), "torch": torch.__version__}))
