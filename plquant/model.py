@@ -174,17 +174,8 @@ class QuantizedLM(L.LightningModule):
 
     def linear_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Full name of every linear in a block -> [O, I], and the number of all parameters; loads no weights."""
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(
-                    self.config, dtype=self.load_dtype, trust_remote_code=self.source.trust_remote_code
-                )
-        except (*MALFORMED, RuntimeError) as error:
-            raise ValueError(
-                f"--model.checkpoint={self.checkpoint}: its config.json describes no model: {error!r}"
-            ) from error
+        with torch.device("meta"):
+            skeleton = self._from_config(self.config)
         unfuse_experts_(skeleton)
         name, blocks = find_blocks(skeleton)
         kept = routers(blocks)
@@ -194,6 +185,29 @@ class QuantizedLM(L.LightningModule):
             if isinstance(module, nn.Linear) and path not in kept
         }
         return shapes, sum(parameter.numel() for parameter in skeleton.parameters())
+
+    def sample(self) -> PreTrainedModel:
+        """A model of random weights with no more blocks than are fitted together."""
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = min(self.blocks_per_fit, text.num_hidden_layers)
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        lm = self._from_config(config)
+        unfuse_experts_(lm)
+        return lm.eval().requires_grad_(False)
+
+    def _from_config(self, config: PretrainedConfig) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=self.load_dtype, trust_remote_code=self.source.trust_remote_code
+            )
+        except (*MALFORMED, RuntimeError) as error:
+            raise ValueError(
+                f"--model.checkpoint={self.checkpoint}: its config.json describes no model: {error!r}"
+            ) from error
 
     def num_fits(self, shapes: Iterable[str]) -> int:
         """Number of runs of blocks that are fitted together, from the names of the linears in them."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from plquant.block_module import BlockModule
 from plquant.formats.checkpoint import effective_bits, predicted_bytes
 from plquant.quant.grid import ActivationGrid, IntGrid
-
-LATER = 100 * 2**20  # bytes of libraries that are loaded as a run goes on, measured on Linux
+from plquant.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -20,16 +19,23 @@ class Plan:
 
     Attributes:
         linears: Number of linears that will be quantized.
-        output_bytes: Of the tensors that will be written, but those of run-time operations.
+        least_bytes: Of the tensors that will be written, but those of run-time operations; less than the next only
+            where the method chooses the axis of groups.
+        output_bytes: The most that they can be.
         effective_bits: Per quantized weight, without run-time operations.
         peak_bytes: Greatest memory of the process, about.
+        disk_bytes: Of what is written, and of activations on disk.
+        seconds: Of the calibration of all blocks, about.
         runs_in: What opens the result.
     """
 
     linears: int
+    least_bytes: int
     output_bytes: int
     effective_bits: float
     peak_bytes: int
+    disk_bytes: int
+    seconds: float
     runs_in: str
 
     @classmethod
@@ -41,10 +47,8 @@ class Plan:
         activations: ActivationGrid | None,
         dtype: torch.dtype,
         method: BlockModule,
-        tokens: int,
-        step_tokens: int,
-        blocks: int,
-        process_bytes: int,
+        run: Run,
+        trial: Trial,
     ) -> Plan:
         """That of a run.
 
@@ -55,37 +59,74 @@ class Plan:
             activations: Their grid, or ``None``.
             dtype: Of the model.
             method: The method, on any block.
-            tokens: Of all calibration samples.
-            step_tokens: Of one step.
-            blocks: Number of fits.
-            process_bytes: Memory that the process has now, without the model.
+            run: What else decides time and memory.
+            trial: What one block takes.
         """
-        grids = dict.fromkeys(shapes, grid)
         weights = sum(out * width for out, width in shapes.values())
-        hidden = max(min(shape) for shape in shapes.values())
-        learns = bool(method.learnables())
-        streams = tokens * hidden * dtype.itemsize * (3 if method.aug_loss else 2)
-        # Of a block: the fake-quantized weights in fp32 and, in a fit, their gradients and what autograd keeps; what
-        # goes in and out of its linears; one Hessian and its factor
-        work = weights // blocks * 4 * (4 if learns else 1)
-        work += step_tokens * sum(out + width for out, width in shapes.values()) // blocks * 4 * (2 if learns else 1)
-        work += 2 * 4 * max(width for _, width in shapes.values()) ** 2 if method.rounding.wants_hessian else 0
+        least, most = output_range(shapes, grid, method, parameters - weights, dtype)
+        model = trial.held_bytes if run.streaming else parameters * dtype.itemsize
+        streams = 0 if run.on_disk else run.stream_bytes
+        steps = run.epochs * -(-run.samples // run.batch_size)
         return cls(
             len(shapes),
-            predicted_bytes(shapes, grids, parameters - weights, dtype),
-            effective_bits(shapes, grids, dtype),
-            process_bytes + LATER + parameters * dtype.itemsize + streams + work,
+            least,
+            most,
+            effective_bits(shapes, dict.fromkeys(shapes, grid), dtype),
+            trial.peak_bytes + model - trial.held_bytes + max(streams - trial.stream_bytes, 0),
+            most + (run.stream_bytes if run.on_disk else 0),
+            run.fits * trial.block_seconds(run.samples, steps, weights / run.fits),
             _runs_in(shapes, method, activations),
         )
 
     def lines(self) -> list[str]:
         """For the terminal."""
+        size = f"{self.output_bytes / 2**20:.1f} MiB"
+        if self.least_bytes < self.output_bytes:
+            size = f"{self.least_bytes / 2**20:.1f} to {size}, by the axes chosen,"
         return [
             f"{self.linears} linears will be quantized, {self.effective_bits:.3f} effective bits per weight",
-            f"{self.output_bytes / 2**20:.1f} MiB of tensors will be written",
+            f"{size} of tensors will be written, {self.disk_bytes / 2**30:.2f} GiB of disk are needed at the most",
             f"about {self.peak_bytes / 2**30:.2f} GiB of memory at the most",
+            f"about {self.seconds / 60:.1f} minutes of calibration on this machine, by a block that was timed; reading "
+            "and evaluation come on top",
             f"the result opens in {self.runs_in}",
         ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides the time and memory of a run, beside the model and the method.
+
+    Attributes:
+        fits: Number of fits.
+        samples: Calibration samples.
+        batch_size: Of them in a step.
+        epochs: Passes over them, where anything is learned.
+        stream_bytes: Of all activations between two blocks.
+        on_disk: They are on disk.
+        streaming: One block's weights are in memory at a time.
+    """
+
+    fits: int
+    samples: int
+    batch_size: int
+    epochs: int
+    stream_bytes: int
+    on_disk: bool
+    streaming: bool
+
+
+def output_range(
+    shapes: Mapping[str, tuple[int, int]], grid: IntGrid, method: BlockModule, rest: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Least and greatest ``predicted_bytes``, each linear on any axis that the method may choose."""
+    axes = {grid.axis, *(axis for part in method.parts for axis in part.axes)}
+    outside = predicted_bytes({}, {}, rest, dtype)
+    sizes = [
+        [predicted_bytes({name: shape}, {name: replace(grid, axis=axis)}, 0, dtype) for axis in axes]
+        for name, shape in shapes.items()
+    ]
+    return outside + sum(map(min, sizes)), outside + sum(map(max, sizes))
 
 
 def _runs_in(shapes: Mapping[str, object], method: BlockModule, activations: ActivationGrid | None) -> str:

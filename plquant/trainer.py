@@ -23,7 +23,7 @@ from torchmetrics import MeanMetric
 import plquant
 from plquant.block_checkpoint import KeepSteps, SealedCheckpoints
 from plquant.block_module import BlockModule, RunProgress, SquaredError, token_error
-from plquant.blocks.activations import TOKENS_AT_ONCE, Activations, at_once
+from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
@@ -33,18 +33,18 @@ from plquant.data.base import TextData, ids_sha256, share_of
 from plquant.distributed import launch, on_rank_zero, refused_by_any, require_even, require_supported, say
 from plquant.files import write_json
 from plquant.finite import require_finite, require_finite_stream
-from plquant.formats.checkpoint import predicted_bytes
 from plquant.formats.quantization_config import FORMAT
 from plquant.manifest import machine
 from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
 from plquant.nn.packed_structure import PackedStructure
 from plquant.perplexity import PerplexityResult
-from plquant.plan import Plan
+from plquant.plan import Plan, Run, output_range
 from plquant.quant.grid import IntGrid
 from plquant.quiet import interruptible, quiet
-from plquant.report import BlockRecord, Report, peak_bytes, versions
+from plquant.report import BlockRecord, Report, versions
 from plquant.run_folder import RUNNING, RunFolder
+from plquant.trial import try_block
 
 SAME = 1e-5  # relative difference of two errors summed in another order
 PRECISIONS = ("bf16-mixed", "32-true")
@@ -191,21 +191,35 @@ class BlockwiseTrainer(L.Trainer):
     def plan(self, model: QuantizedLM, datamodule: TextData) -> Plan:
         """Say what a run of these options will take and give; loads no weights, writes nothing.
 
+        Time and memory are those of one block of random weights, calibrated on a few samples.
+
         Args:
             model: The model to quantize.
             datamodule: The calibration text.
         """
         shapes, parameters = model.linear_shapes()
         grid = model.weights.resolve(shapes)
-        tokens = (datamodule.num_samples or 1) * (datamodule.seq_len or 1)
-        step = datamodule.batch_size * (datamodule.seq_len or 1)
-        blocks = model.num_fits(shapes)
         method = self._probe(model, grid)
         title = Report(model.checkpoint, method.title, grid, model.activations).title
+        streams = self._stream_bytes(model, datamodule, method)
+        samples, batch_size = datamodule.num_samples // self.world_size, datamodule.batch_size
+        epochs = self.max_epochs or 1
+        where = (streams, self.activations == "disk", model.streaming)
+        run = Run(model.num_fits(shapes), samples, batch_size, epochs if method.learnables() else 0, *where)
+        text = (samples, datamodule.seq_len, batch_size)
+        trial = try_block(model.sample(), grid, model.activations, *text, partial(self._try, model, batch_size))
         settled = (shapes, parameters, grid, model.activations, model.load_dtype, method)
-        plan = Plan.of(*settled, tokens, max(step, TOKENS_AT_ONCE), blocks, peak_bytes())
+        plan = Plan.of(*settled, run, trial)
         print("\n".join([f"{title} of {model.checkpoint}", *plan.lines()]))
         return plan
+
+    def _try(
+        self, model: QuantizedLM, batch_size: int, block: QuantBlock, x_q: Tensor, x_fp: Tensor, steps: L.Callback
+    ) -> None:
+        alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+        quick = {"max_epochs": 1, "callbacks": [steps], "enable_progress_bar": False, "logger": False}
+        trainer = BlockwiseTrainer(**self._block_arguments | alone | quick)
+        trainer._calibrate_block(block, model, batch_size, x_q, x_fp, RunProgress(0, 1))
 
     def _calibrate_block(
         self, block: QuantBlock, model: QuantizedLM, batch_size: int, x_q: Tensor, x_fp: Tensor, progress: RunProgress
@@ -400,7 +414,7 @@ class BlockwiseTrainer(L.Trainer):
             replace(grid, axis=axis).resolve(shapes)
         folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))
         rest = total - sum(o * i for o, i in shapes.values())
-        size = predicted_bytes(shapes, dict.fromkeys(shapes, grid), rest, model.load_dtype)
+        _, size = output_range(shapes, grid, probe, rest, model.load_dtype)
         if datamodule.num_samples is not None:
             require_even(self, datamodule.num_samples)
         streams = self._stream_bytes(model, datamodule, probe) if self.activations == "disk" else 0

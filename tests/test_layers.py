@@ -27,7 +27,8 @@ BELOW = {
     "quiet": [],
     "data": ["evaluating"],
     "callbacks": ["block_module"],
-    "plan": ["quant", "formats", "block_module"],
+    "plan": ["quant", "formats", "block_module", "trial"],
+    "trial": ["quant", "blocks", "report"],
     "perplexity": [],
     "weight_files": [],
     "partial_load": [],
@@ -56,6 +57,7 @@ BELOW = {
             "callbacks",
         ],
         *["callbacks", "finite", "manifest", "perplexity", "plan", "quiet", "report", "run_folder"],
+        "trial",
     ],
 }
 PURE = {"quant", "transforms", "kernels"}  # never lightning or transformers
