@@ -12,6 +12,8 @@ from plquant.formats.checkpoint import effective_bits, predicted_bytes
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.trial import Trial
 
+LATER = 100 * 2**20  # bytes of libraries that a run loads after its blocks, measured on Linux
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -72,7 +74,7 @@ class Plan:
             least,
             most,
             effective_bits(shapes, dict.fromkeys(shapes, grid), dtype),
-            trial.peak_bytes + model - trial.held_bytes + max(streams - trial.stream_bytes, 0),
+            trial.peak_bytes + LATER + model - trial.held_bytes + max(streams - trial.stream_bytes, 0),
             most + (run.stream_bytes if run.on_disk else 0),
             run.fits * trial.block_seconds(run.samples, steps, weights / run.fits),
             _runs_in(shapes, method, activations),
