@@ -171,7 +171,9 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         for axes, quantity in zip(grid[:, column], ("GiB", "CPU seconds"), strict=True):
             points = sorted((row[axis], row[quantity]) for row in shown)
             axes.plot(*zip(*points, strict=True), "o-")
-            axes.set(xlabel=f"{axis} ({rows[0][fixed]} {fixed})", ylabel=quantity, ylim=(0, None))
+            axes.set(
+                xlabel=f"{axis} ({rows[0][fixed]} {fixed})", ylabel=quantity, ylim=(0, 1.1 * max(y for _, y in points))
+            )
             axes.grid(alpha=0.3)
     first = rows[0]
     figure.suptitle(f"{first['method']} of {first['shape']}, streaming: {first['streaming']}, {first['activations']}")
