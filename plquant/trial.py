@@ -109,6 +109,10 @@ class _Steps(L.Callback):
         self.seconds: list[float] = []
         self._began = 0.0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Steps:
+        """Itself: a trainer copies its callbacks for every block, and this one is read afterwards."""
+        return self
+
     def on_train_batch_start(self, *_: Any) -> None:
         """Begin."""
         self._began = time.perf_counter()

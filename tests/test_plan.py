@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import plquant as pq
 from plquant.cli import main
+from plquant.trial import Trial, try_block
 from tests.families import byte_tokenizer, tiny_model
 
 
@@ -69,6 +71,26 @@ def test_it_is_a_command_and_reads_no_weights(
     said = capsys.readouterr().out
     assert "OmniQuant W3A16 g32" in said and "3.594 effective bits" in said and "GiB of memory" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_time_follows_from_samples_and_epochs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Trial] = []
+
+    def fixed(*args: Any) -> Trial:
+        measured.append(try_block(*args))
+        return replace(measured[-1], seconds=5.0, sample_seconds=0.5, step_seconds=2.0)
+
+    monkeypatch.setattr("plquant.trainer.try_block", fixed)
+    seconds = {}
+    for method in (pq.methods.OmniQuant, pq.methods.RTN):
+        model = pq.QuantizedLM(str(checkpoint), method, pq.IntGrid(3, 16))
+        data = pq.data.BuiltinText(num_samples=10, seq_len=32, batch_size=4)
+        trainer = pq.BlockwiseTrainer(max_epochs=7, accelerator="cpu", enable_progress_bar=False)
+        seconds[method] = trainer.plan(model, data).seconds
+    assert seconds[pq.methods.OmniQuant] == pytest.approx(3 * (5 + 10 * 0.5 + 7 * 3 * 2))  # blocks, samples, steps
+    assert seconds[pq.methods.RTN] == pytest.approx(3 * (5 + 10 * 0.5))
+    assert measured[0].step_seconds > 0 == measured[1].step_seconds
+    assert all(trial.seconds > 0 and trial.sample_seconds > 0 for trial in measured)
 
 
 MEASURE = """
