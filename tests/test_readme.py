@@ -8,9 +8,9 @@ import pytest
 from torch import nn
 
 import plquant as pq
-from plquant.nn.packed_linear import PackedLinear
 from plquant.blocks.quant_block import QuantBlock
 from plquant.cli import main
+from plquant.nn.packed_linear import PackedLinear
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
