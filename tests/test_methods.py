@@ -125,6 +125,8 @@ def test_methods_with_quantized_activations(name: str, checkpoint: Path, tmp_pat
         ([Reassembly], {}, "for the sake of quantized activations"),
         ([AxisChoice], {"activations": A4}, "leave out --model.activations"),
         ([partial(Affine, online="dense"), Reassembly], {"activations": A4}, "leave out one of the two"),
+        ([Rotation, Reassembly], {"activations": A4}, "leave norms and linears out"),
+        ([partial(Rotation, places=["linears"]), Reassembly], {"activations": A4}, "leave norms and linears out"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(

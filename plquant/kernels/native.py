@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plquant.kernels.cpu_layout import Shape, Weight
-from plquant.native import compiler, library
+from plquant.native import library, missing
 
 SOURCE, AMX_SOURCE = (Path(__file__).with_name(name) for name in ("cpu.cpp", "amx.cpp"))
 FLAGS = [
@@ -176,18 +176,17 @@ def amx() -> bool:
 @cache
 def available() -> bool:
     """Whether this machine has what the kernels need; if not a warning says, once, what is missing."""
-    missing = _missing()
-    if missing:
-        warnings.warn(f"plquant runs its plain PyTorch path, which is slow: {missing}", stacklevel=2)
-    return not missing
+    reason = _missing()
+    if reason:
+        warnings.warn(f"plquant runs its plain PyTorch path, which is slow: {reason}", stacklevel=2)
+    return not reason
 
 
 def _missing() -> str:
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"it has kernels for x86, not for {platform.machine()}"
-    if compiler() is None:
-        return "there is no C++ compiler; install g++ or clang++, or name one in CXX"
-    return "" if _library().plquant_supported() else "the CPU lacks AVX512-BF16 or VNNI"
+    reason = missing(_library)
+    return reason or ("" if _library().plquant_supported() else "the CPU lacks AVX512-BF16 or VNNI")
 
 
 @cache

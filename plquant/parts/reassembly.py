@@ -17,6 +17,7 @@ from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.fixed_delta import FixedDelta
 from plquant.parts.affine import Affine
 from plquant.parts.base import Fitting, Part
+from plquant.parts.rotation import Rotation
 from plquant.quant.observers import ChannelAbsMax, Hessian
 from plquant.transforms.channel_removal import drop_order, drop_order_without_fit, merge_order
 from plquant.transforms.compensation import compensate
@@ -60,10 +61,11 @@ class Reassembly(Part):
 
     def check(self, parts: Sequence[Part]) -> None:
         """With 16-bit activations, or after a matrix over all channels, there are no outliers to make room for."""
-        if any(isinstance(part, Affine) and part.options["online"] is not None for part in parts):
+        if any(_mixes_at_run_time(part) for part in parts):
             raise ValueError(
-                "an online matrix spreads outliers over all channels, and reassembly would take some of these away; "
-                "leave out one of the two, or set the matrix's online=null"
+                "a matrix or rotation that runs with the model spreads outliers over all channels, and reassembly, which "
+                "folds into what comes before it, would take some of these away; leave out one of the two, or set "
+                "Affine's online=null, or leave norms and linears out of Rotation's places"
             )
         if any(linear.inputs is None for linear in self.block.linears.values()):
             raise ValueError(
@@ -145,6 +147,13 @@ class Reassembly(Part):
 
     def _consumers(self, site: Site) -> list[FakeQuantLinear]:
         return [self.block.linears[name] for name in site.consumers]
+
+
+def _mixes_at_run_time(part: Part) -> bool:
+    """Whether a part leaves an operation over all channels where channels would be reassembled."""
+    if isinstance(part, Affine):
+        return part.options["online"] is not None
+    return isinstance(part, Rotation) and not {"norms", "linears"}.isdisjoint(part.options["places"])
 
 
 def _channel_statistics(channels: int) -> MetricCollection:

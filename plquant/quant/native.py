@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plquant.native import compiler, library
+from plquant.native import library, missing
 from plquant.quant.grid import IntGrid
 from plquant.quant.grouped import Gradients, GroupedWeight, Ranges
 
@@ -70,7 +70,7 @@ def takes(weight: GroupedWeight, scale_dtype: torch.dtype, values: Tensor) -> bo
 
 def quantize(weight: GroupedWeight, grid: IntGrid, scale_dtype: torch.dtype, out: Tensor) -> Ranges:
     """As ``in_pieces.quantize``, for weights that it ``takes``."""
-    ranges = torch.empty(len(Ranges._fields), *weight.groups.shape[:2], 1)
+    ranges = _floats(len(Ranges._fields), *weight.groups.shape[:2], 1)
     weight = _contiguous(weight)
     _library().plquant_quantize(_described(weight, ranges, grid, scale_dtype), out.data_ptr(), DTYPES[out.dtype])
     return Ranges(*ranges)
@@ -124,7 +124,7 @@ def quantize_rows(
     Returns:
         Scale and zero-point, each fp32 [R, 1].
     """
-    found = torch.empty(2, len(rows), 1)
+    found = _floats(2, len(rows), 1)
     offset = None if offset is None else offset.contiguous()
     described = _described_rows(rows, offset, low, high, grid)
     pointers = out.data_ptr(), DTYPES[out.dtype], found[0].data_ptr(), found[1].data_ptr()
@@ -145,7 +145,7 @@ def row_gradients(
         grid: As there.
         grad: That of the values, in the dtype of the rows.
     """
-    g_rows, shares = torch.empty_like(rows), None if low is None else torch.empty(2, len(rows))
+    g_rows, shares = torch.empty_like(rows), None if low is None else _floats(2, len(rows))
     offset, grad = None if offset is None else offset.contiguous(), grad.contiguous()
     pointers = (None, None) if shares is None else (shares[0].data_ptr(), shares[1].data_ptr())
     described = _described_rows(rows, offset, low, high, grid)
@@ -156,14 +156,17 @@ def row_gradients(
 @cache
 def available() -> bool:
     """Whether this machine can build it; if not a warning says, once, what is missing."""
-    missing = "" if sys.platform == "linux" else f"it is built on Linux only, not on {sys.platform}"
-    if compiler() is None:
-        missing = "there is no C++ compiler; install g++ or clang++, or name one in CXX"
-    if missing:
+    reason = missing(_library) if sys.platform == "linux" else f"it is built on Linux only, not on {sys.platform}"
+    if reason:
         warnings.warn(
-            f"a calibration step quantizes by plain PyTorch operations, which is slow: {missing}", stacklevel=2
+            f"a calibration step quantizes by plain PyTorch operations, which is slow: {reason}", stacklevel=2
         )
-    return not missing
+    return not reason
+
+
+def _floats(*shape: int) -> Tensor:
+    """Memory for what C++ writes, whatever the default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _contiguous(weight: GroupedWeight) -> GroupedWeight:

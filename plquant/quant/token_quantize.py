@@ -70,7 +70,7 @@ def _choose(low: Tensor, high: Tensor, clip: Clip | None, grid: IntGrid) -> _Ran
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows to work on at once, as they are and in fp32 (fp64 for fp64)."""
     step = max(1, piece_size(rows) // rows.shape[1])
-    for start in range(0, len(rows), step):
+    for start in range(0, max(len(rows), 1), step):  # one empty piece of no rows
         piece = slice(start, start + step)
         yield piece, rows[piece].to(torch.promote_types(rows.dtype, torch.float32))
 

@@ -1,6 +1,8 @@
 """The quantizers in C++ against those of plain operations."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from plquant.native import library
 from plquant.quant import in_pieces, native, token_quantize
 from plquant.quant.fake_quantize import fake_quantize, quantize_weight
 from plquant.quant.grid import IntGrid
@@ -130,12 +133,55 @@ def test_what_it_does_not_take_goes_the_other_way_without_a_word(monkeypatch: py
         quantize_weight(torch.randn(4, 8), IntGrid(3, 8))
 
 
-def test_without_a_compiler_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_makes_no_difference(default: torch.dtype) -> None:
+    weight, x, scale = torch.randn(8, 64), torch.randn(5, 64), torch.ones(64, requires_grad=True)
+    clip, share = (torch.full((8, 4, 1), 0.9), torch.full((8, 4, 1), 0.8)), torch.tensor(0.9, requires_grad=True)
+
+    def everything() -> list[Tensor]:
+        out = fake_quantize(weight, IntGrid(3, 16), clip, scale)
+        rows = token_quantize.quantize_tokens(x, 4, clip=(share, share))
+        tokens = token_quantize.token_codes(x, 4)
+        gradients = torch.autograd.grad([out.sum(), rows.sum()], [scale, share])
+        return [out, rows, tokens.codes, tokens.scale, quantize_weight(weight, IntGrid(3, 16)).scale, *gradients]
+
+    expected = everything()
+    torch.set_default_dtype(default)
+    try:
+        found = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_no_rows_are_no_rows(dtype: torch.dtype) -> None:
+    x = torch.empty(0, 8, dtype=dtype)
+    assert token_quantize.quantize_tokens(x, 4).shape == x.shape
+    assert token_quantize.token_codes(x, 4).scale.shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("", r"no C\+\+ compiler"),
+        ("/nowhere/g++ -v", "No such file"),
+        ("false", "failed"),
+    ],
+)
+def test_without_a_compiler_a_warning_says_so(
+    command: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = quantize_weight(torch.ones(4, 8), IntGrid(3, 8))
-    monkeypatch.delenv("CXX", raising=False)
+    false = shutil.which("false") or ""
+    monkeypatch.setenv("CXX", false if command == "false" else command)
     monkeypatch.setenv("PATH", "")
-    native.available.cache_clear()
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is built there yet
+    for kept in (native.available, native._library, library):
+        kept.cache_clear()
+    with pytest.warns(UserWarning, match=reason):
         found = quantize_weight(torch.ones(4, 8), IntGrid(3, 8))
-    native.available.cache_clear()
+    for kept in (native.available, native._library, library):
+        kept.cache_clear()
     assert torch.equal(found.codes, expected.codes)
