@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ class SealedCheckpoints(TorchCheckpointIO):
         """Why the file is not to be loaded; empty if it is."""
         return self._read()[1]
 
+    def found(self) -> str | None:
+        """``wrong``, or ``None`` if there is no file."""
+        return self.wrong() if self.path.exists() else None
+
     def _read(self) -> tuple[bytes, str]:
         head, _, content = self.path.read_bytes().partition(b"\n")
         try:
@@ -82,3 +87,16 @@ class KeepSteps(L.Callback):
         if stepped and not trainer.is_last_batch and trainer.global_step // self.every > self._kept:
             self._kept = trainer.global_step // self.every
             trainer.save_checkpoint(self.path)
+
+
+def keeping_steps(arguments: Mapping[str, Any], sealed: SealedCheckpoints, every: int) -> dict[str, Any]:
+    """Arguments of a Trainer with which it keeps its steps.
+
+    Args:
+        arguments: Those it has.
+        sealed: Where to.
+        every: Steps.
+    """
+    plugins = arguments.get("plugins") or []
+    plugins = plugins if isinstance(plugins, list | tuple) else [plugins]
+    return {"plugins": [*plugins, sealed], "callbacks": [*arguments["callbacks"], KeepSteps(sealed.path, every)]}

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from plquant.blocks.activations import Activations
+from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import StopForward
 from plquant.blocks.quant_block import QuantBlock
+from plquant.blocks.stream_files import pieces
+from plquant.distributed import AnyMetric, of_this_process
 from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Part, Rounding, check_order
 from plquant.quant.observers import ChannelAbsMax, Hessian
@@ -70,6 +72,41 @@ class SquaredError(Metric):
         rest = self.others + heavy[:-1].sum(0)
         error, energy = torch.stack([rest + heavy[-1], rest]).unbind(-1)
         return error / energy
+
+
+def stream_errors(output: Tensor, target: Tensor, device: torch.device, ranks: int) -> tuple[float, float, float]:
+    """``token_error``, and both of ``SquaredError``, of what this process has of two streams and the others have.
+
+    Args:
+        output: [N, T, H].
+        target: [N, T, H].
+        device: Where processes exchange.
+        ranks: How many share the samples.
+    """
+    mean, squares = MeanMetric(nan_strategy="disable").to(device), SquaredError().to(device)
+    for x, y in zip(pieces(output, 1), pieces(target, 1), strict=True):  # no second copy of the whole stream
+        mean.update(token_error(x, y))
+        squares.update(x, y)
+    if ranks == 1:
+        mean, squares = of_this_process(mean), of_this_process(squares)
+    whole, rest = squares.compute().tolist()
+    return float(mean.compute()), whole, rest
+
+
+def block_error(block: QuantBlock, x: Tensor, target: Tensor, device: torch.device, ranks: int) -> float:
+    """``token_error`` of a block as it is, on what this process has of the samples and the others have.
+
+    Args:
+        block: On its device.
+        x: [N, T, H].
+        target: [N, T, H].
+        device: Where processes exchange.
+        ranks: How many share the samples.
+    """
+    size, mean = at_once(x), MeanMetric(nan_strategy="disable").to(device)
+    for output, t in zip(block.batches(x, size), pieces(target, size), strict=True):
+        mean.update(token_error(output, t.to(output.device)), len(t))
+    return float((mean if ranks > 1 else of_this_process(mean)).compute())
 
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -150,6 +187,7 @@ class BlockModule(L.LightningModule):
         """Let every part start from the data; the process group is up, the optimizer not yet made."""
         if not self._started:
             self._started = True
+            self._reduced(self._epoch_loss)
             # Lightning lets new tensors be made on the accelerator here; plans and searches are for the CPU.
             with torch.no_grad(), torch.device("cpu"):
                 if self.block.has_experts:
@@ -311,7 +349,8 @@ class BlockModule(L.LightningModule):
             Name of the linear -> the metric's value.
         """
         linears = {name: linear for name, linear in self.block.linears.items() if names is None or name in names}
-        metrics = {name: make(linear.in_features).to(self.block.device) for name, linear in linears.items()}
+        device = self.block.device
+        metrics = {name: self._reduced(make(linear.in_features).to(device)) for name, linear in linears.items()}
         hooks = [
             linear.register_forward_pre_hook(lambda _, args, metric=metrics[name]: metric.update(args[0]))
             for name, linear in linears.items()
@@ -334,7 +373,7 @@ class BlockModule(L.LightningModule):
             final: Of what is multiplied with the weight; else of the input as it comes, before what is done to it here.
         """
         linear = self.block.linears[name]
-        metric = make(linear.in_features).to(self.block.device)
+        metric = self._reduced(make(linear.in_features).to(self.block.device))
 
         def watch(came: Tensor, multiplied: Tensor) -> None:
             metric.update(multiplied if final else came)
@@ -350,7 +389,7 @@ class BlockModule(L.LightningModule):
     @torch.no_grad()
     def error(self, tokens: int | None = None) -> float:
         """Error of the block as it is now against its target(s), over about so many tokens or all; ``token_error``."""
-        mean, seen = MeanMetric(nan_strategy="disable").to(self.block.device), 0
+        mean, seen = self._reduced(MeanMetric(nan_strategy="disable").to(self.block.device)), 0
         for x, *targets in self.activations.at_once():
             output = self.block(x.to(self.block.device))
             mean.update(sum(token_error(output, target.to(output.device)) for target in targets), len(x))
@@ -358,6 +397,10 @@ class BlockModule(L.LightningModule):
             if tokens is not None and seen * x.shape[1] >= tokens:
                 break
         return float(mean.compute())
+
+    def _reduced(self, metric: AnyMetric) -> AnyMetric:
+        """A metric over all processes that share the samples."""
+        return metric if self.activations.ranks > 1 else of_this_process(metric)
 
     def _of_all(self, value: Tensor) -> Tensor:
         """A number of every process, [W]."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torchmetrics import Metric, MetricCollection
 
 T = TypeVar("T")
+AnyMetric = TypeVar("AnyMetric", bound=Metric | MetricCollection)
 REFUSALS = (ValueError, OSError, NotImplementedError)  # what a user can mend
 SECONDS_TO_END = 5.0  # a process whose connection is gone is soon gone itself
 
@@ -105,21 +108,38 @@ def on_rank_zero(trainer: L.Trainer, function: Callable[[], T]) -> T:
     return found  # type: ignore[return-value]
 
 
-def refused_by_any(trainer: L.Trainer, check: Callable[[], None]) -> None:
-    """Run a check of a process's own samples; what one process refuses is refused on every rank."""
-    refused: list[Any] = [None] * trainer.world_size
+def refused_by_any(ranks: int, check: Callable[[], None]) -> None:
+    """Run a check of a process's own samples; what one of those who share them refuses, all refuse."""
     own: Exception | None = None
     try:
         check()
     except REFUSALS as error:
         own = error
-    if trainer.world_size > 1:
+    refused: list[Exception | None] = [own] * ranks
+    if ranks > 1:
         torch.distributed.all_gather_object(refused, own)
-    else:
-        refused = [own]
     for found in refused:
         if found is not None:
             raise found
+
+
+def meeting(trainer: L.Trainer) -> Callable[[], None]:
+    """Where the processes wait for each other; they may come hours apart, longer than collectives wait."""
+    if trainer.world_size == 1:
+        return lambda: None
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    return lambda: torch.distributed.barrier(group)
+
+
+def of_this_process(metric: AnyMetric) -> AnyMetric:
+    """Let a metric compute from what this process has seen, though there are others."""
+    for each in metric.values() if isinstance(metric, MetricCollection) else (metric,):
+        each.distributed_available_fn = _never
+    return metric
+
+
+def _never() -> bool:
+    return False
 
 
 def _is_of_connection(error: RuntimeError) -> bool:

@@ -74,6 +74,14 @@ class Comparison:
         """The first perplexity over the second."""
         return math.exp(self.difference)
 
+    def line(self, other: PerplexityResult) -> str:
+        """For the terminal; ``other`` is the second."""
+        error = "" if self.standard_error is None else f" with a standard error of {self.standard_error:.4f}"
+        return (
+            f"{self.ratio:.4f} times that of {other.model} ({other.perplexity:.3f}): a difference of "
+            f"{self.difference:+.4f} nats a token, window by window{error}"
+        )
+
 
 @dataclass(frozen=True)
 class PerplexityResult:
@@ -102,6 +110,14 @@ class PerplexityResult:
     def word_perplexity(self) -> float:
         """Per word of the text: exp(nll * tokens / words), comparable between tokenizers."""
         return math.exp(min(self.nll * self.protocol["tokens"] / max(self.protocol["words"], 1), 700.0))
+
+    def line(self) -> str:
+        """For the terminal."""
+        return (
+            f"{self.model}: perplexity {self.perplexity:.3f} per token, {self.word_perplexity:.2f} per word on "
+            f"{self.protocol['text']} ({self.protocol['windows']} windows of {self.protocol['window_length']} "
+            f"tokens, {self.dtype})"
+        )
 
     def check_compares(self, other: PerplexityResult) -> None:
         """Refuse what does not compare.

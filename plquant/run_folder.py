@@ -53,7 +53,7 @@ class RunFolder:
         there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
         if there and RECIPE not in there:
             raise ValueError(f"{flag} holds other files ({', '.join(there[:5])}); give a new or empty folder")
-        if {block_shard(0), RUNNING} & {*there}:
+        if any(_of_a_block(name) for name in there):
             self._require_same_recipe(flag)
         if INDEX in there:
             raise ValueError(
@@ -81,7 +81,7 @@ class RunFolder:
         Raises:
             ValueError: The blocks finished there were calibrated on other tokens.
         """
-        if any((self.path / name).exists() for name in (block_shard(0), RUNNING)):
+        if any(_of_a_block(path.name) for path in self.path.glob("*")):
             self._require_same_recipe(f"--output_dir={self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(f"*{PARTIAL}"):
@@ -102,7 +102,12 @@ class RunFolder:
         with replacing(path) as partial:  # the shard gets its name last, which says that the block is finished
             save_tensors(partial, tensors)
             write_json(_record(path), {**record, "sha256": sha256(partial), "tensors": tensor_checksums(tensors)})
-        (self.path / RUNNING).unlink(missing_ok=True)
+        for running in (RUNNING, running_of(index)):
+            (self.path / running).unlink(missing_ok=True)
+
+    def has_block(self, index: int) -> bool:
+        """Whether a block is finished, and is what was written."""
+        return (self.path / block_shard(index)).exists() and not self._damaged(index)
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> int:
         """Keep all tensors outside the blocks; returns the bytes of all files of tensors."""
@@ -170,6 +175,16 @@ class RunFolder:
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise OSError(f"{flag} needs {needed / 2**30:.2f} GiB, but {parent} has {free / 2**30:.2f} GiB free")
+
+
+def _of_a_block(name: str) -> bool:
+    """A file is a finished block's, or a checkpoint of one."""
+    return name.startswith("model-block-") and not name.endswith(PARTIAL)
+
+
+def running_of(index: int) -> str:
+    """In the place of ``RUNNING``, where several blocks are fitted at a time."""
+    return f"model-block-{index:03}-running.ckpt"
 
 
 def _record(shard: Path) -> Path:

@@ -17,12 +17,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
-import plquant
-from plquant.block_checkpoint import KeepSteps, SealedCheckpoints
-from plquant.block_module import BlockModule, RunProgress, SquaredError, token_error
+from plquant.block_checkpoint import SealedCheckpoints, keeping_steps
+from plquant.block_module import BlockModule, RunProgress, block_error, stream_errors
 from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
@@ -30,7 +29,7 @@ from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.stream_files import copy_of, pieces
 from plquant.callbacks import BlockProgress
 from plquant.data.base import TextData, ids_sha256, share_of
-from plquant.distributed import launch, on_rank_zero, refused_by_any, require_even, require_supported, say
+from plquant.distributed import launch, meeting, on_rank_zero, refused_by_any, require_even, require_supported, say
 from plquant.files import write_json
 from plquant.finite import require_finite, require_finite_stream
 from plquant.formats.quantization_config import FORMAT
@@ -42,8 +41,9 @@ from plquant.perplexity import PerplexityResult
 from plquant.plan import Plan, Run, output_range
 from plquant.quant.grid import IntGrid
 from plquant.quiet import interruptible, quiet
+from plquant.recipe import recipe, stream_bytes
 from plquant.report import BlockRecord, Report, versions
-from plquant.run_folder import RUNNING, RunFolder
+from plquant.run_folder import RUNNING, RunFolder, running_of
 from plquant.trial import try_block
 
 SAME = 1e-5  # relative difference of two errors summed in another order
@@ -59,6 +59,11 @@ class BlockwiseTrainer(L.Trainer):
         devices: Processes, each with a device of its own and an equal share of the calibration samples; ``batch_size``
             is of each. On several nodes start the command with torchrun, and give ``num_nodes`` too.
         logger: Shared by all blocks.
+        deterministic: Only algorithms that give the same bits each time on one machine. An operation that has none (on
+            a GPU) is refused with true, named with ``warn``.
+        block_parallel: Each of the processes fits blocks of its own, one in ``devices`` of them, from what the blocks
+            before it give in full precision, on all samples. No process waits for another, and the result is that of
+            one process in this mode; but a block does not make up for the errors of those before it.
         checkpoint_every: Steps between two checkpoints of the block being fitted, from which an interrupted run goes
             on; null takes none.
         activations: Where the activations between blocks are: in ``memory``, two or three times all calibration tokens,
@@ -72,13 +77,14 @@ class BlockwiseTrainer(L.Trainer):
         precision: Any = "bf16-mixed",
         devices: Any = 1,
         logger: Any = False,
+        block_parallel: bool = False,
         checkpoint_every: int | None = 100,
         activations: Literal["memory", "disk"] = "memory",
         **kwargs: Any,
     ) -> None:
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ValueError(f"--trainer.checkpoint_every={checkpoint_every} is no number of steps; null takes none")
-        self.checkpoint_every, self.activations = checkpoint_every, activations
+        self.checkpoint_every, self.activations, self.block_parallel = checkpoint_every, activations, block_parallel
         kwargs.update(max_epochs=max_epochs, precision=precision, devices=devices, logger=logger)
         kwargs.update(enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False)
         callbacks = kwargs.get("callbacks") or []
@@ -133,8 +139,9 @@ class BlockwiseTrainer(L.Trainer):
         datamodule.trainer = self  # Lightning does this in validate; text sampled from the model wants the device now
         ids = on_rank_zero(self, lambda: datamodule.calibration_ids(model))
         if self._block_arguments.get("fast_dev_run"):  # one step per block
-            ids = ids[: datamodule.batch_size * self.world_size]
-        require_even(self, len(ids))
+            ids = ids[: datamodule.batch_size * self._share[1]]
+        if not self.block_parallel:
+            require_even(self, len(ids))
         weights = model.blocks
         with weights.on_demand():
             require_finite(model.lm, ids[:1], model.named_weights())
@@ -149,16 +156,20 @@ class BlockwiseTrainer(L.Trainer):
         with weights.on_demand():
             blocks = prepare_blocks(model.lm, grid, ids, model.activations, model.blocks_per_fit, weights)
         if evaluate:
-            with full_precision(blocks):
+            with ExitStack() as stack:
+                for block in blocks:
+                    stack.enter_context(block.full_precision())
                 report.perplexities["full precision"] = self._perplexity(model, datamodule, on_disk)
             report.perplexities["RTN"] = self._perplexity(model, datamodule, on_disk)
 
-        own = ids[self.global_rank :: self.world_size]
+        rank, ranks = self._share
         with weights.on_demand():
-            x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), own, folder=on_disk)
-        x_q = copy_of(x_fp)
+            x_fp = capture_inputs(model.lm, list(blocks[0].layers.values()), ids[rank::ranks], folder=on_disk)
         progress = RunProgress(done, len(blocks), _seed(), folder.path / RUNNING, folder.recipe_sha256)
-        for block in blocks:
+        if self.block_parallel:
+            report.blocks = self._calibrate_apart(blocks, model, datamodule.batch_size, x_fp, folder, progress)
+        x_q = copy_of(x_fp)
+        for block in blocks if not self.block_parallel else ():
             with weights.held(*block.layers.values()):
                 if block.index < done:
                     record = self._reload_block(block, folder, x_q, x_fp)
@@ -166,8 +177,7 @@ class BlockwiseTrainer(L.Trainer):
                     record = self._calibrate_block(block, model, datamodule.batch_size, x_q, x_fp, progress)
                     found = {"record": asdict(record), "structure": block.structure().as_dict()}
                     on_rank_zero(self, partial(folder.write_block, block.index, block.tensors(), found))
-            for number, layer in block.layers.items():
-                weights.moved(layer, partial(folder.read_layer, block.index, f"{block.parent}.{number}."))
+            self._moved(block, model, folder)
             report.blocks.append(record)
             say(record.line(len(blocks)))
         del x_fp, x_q
@@ -201,7 +211,7 @@ class BlockwiseTrainer(L.Trainer):
         grid = model.weights.resolve(shapes)
         method = self._probe(model, grid)
         title = Report(model.checkpoint, method.title, grid, model.activations).title
-        streams = self._stream_bytes(model, datamodule, method)
+        streams = stream_bytes(model, datamodule, method)
         samples, batch_size = datamodule.num_samples // self.world_size, datamodule.batch_size
         epochs = self.max_epochs or 1
         where = (streams, self.activations == "disk", model.streaming)
@@ -232,7 +242,7 @@ class BlockwiseTrainer(L.Trainer):
         with self._on_device(block):
             with block.full_precision():
                 block.map_(x_fp, at_once(x_fp))
-            refused_by_any(self, lambda: require_finite_stream(pieces(x_fp, 1), block.name))
+            refused_by_any(self._share[1], lambda: require_finite_stream(pieces(x_fp, 1), block.name))
             before = self._error(block, x_q, x_fp)
         kept = block.kept_layers()
         module = model.method(block)
@@ -243,7 +253,7 @@ class BlockwiseTrainer(L.Trainer):
             tensors.append(copy_of(x_q))
             with self._on_device(block), block.full_precision():
                 block.map_(tensors[-1], at_once(x_q))
-        activations = Activations(tuple(tensors), batch_size, seed, self.global_rank, self.world_size)
+        activations = Activations(tuple(tensors), batch_size, seed, *self._share)
         reason = self._fit_and_fold(module, activations, x_q, x_fp, before)
         if reason:
             block.restore_(kept)
@@ -253,20 +263,53 @@ class BlockwiseTrainer(L.Trainer):
             self._take_rank_zeros(block, kept)
             block.map_(x_q, at_once(x_q))
         block.put_away()
-        device = self.strategy.root_device  # what is reduced is reduced there
-        after, squares = MeanMetric(nan_strategy="disable").to(device), SquaredError().to(device)
-        for x, target in zip(pieces(x_q, 1), pieces(x_fp, 1), strict=True):  # no second copy of the whole stream
-            after.update(token_error(x, target))
-            squares.update(x, target)
+        errors = stream_errors(x_q, x_fp, self.strategy.root_device, self._share[1])
         unseen = [f"{block.parent}.{name}" for name in module.unseen]
         notes = [note for part in module.parts for note in part.notes]
         seconds = time.monotonic() - started
-        mean, (whole, rest) = float(after.compute()), squares.compute().tolist()
-        return BlockRecord(block.index, block.name, before, mean, whole, rest, seconds, unseen, notes, reason)
+        return BlockRecord(block.index, block.name, before, *errors, seconds, unseen, notes, reason)
+
+    def _calibrate_apart(
+        self, blocks: list[QuantBlock], model: QuantizedLM, size: int, x: Tensor, folder: RunFolder, run: RunProgress
+    ) -> list[BlockRecord]:
+        """Fit blocks of this process's own, ``x`` [N, T, H] being what full precision gives; take the others' after."""
+        meet, written = meeting(self), set()
+        for block in blocks:
+            mine = block.index % self.world_size == self.global_rank and not folder.has_block(block.index)
+            with model.blocks.held(*block.layers.values()):
+                if mine:
+                    own = replace(run, checkpoint=folder.path / running_of(block.index))
+                    record = self._calibrate_block(block, model, size, copy_of(x), x, own)
+                    found = {"record": asdict(record), "structure": block.structure().as_dict()}
+                    folder.write_block(block.index, block.tensors(), found)
+                    written.add(block.index)
+                    print(record.line(len(blocks)), flush=True)
+                else:
+                    with self._on_device(block), block.full_precision():
+                        block.map_(x, at_once(x))
+                    block.put_away()
+            if mine:
+                self._moved(block, model, folder)
+        meet()
+        records = []
+        for block in blocks:
+            tensors, found = folder.read_block(block.index)
+            if block.index not in written:
+                with model.blocks.held(*block.layers.values()):
+                    block.load_(PackedStructure.from_dict(found["structure"]), tensors)
+                self._moved(block, model, folder)
+            records.append(BlockRecord(**found["record"]))
+        return records
+
+    @staticmethod
+    def _moved(block: QuantBlock, model: QuantizedLM, folder: RunFolder) -> None:
+        """A finished block's weights are those in its file."""
+        for number, layer in block.layers.items():
+            model.blocks.moved(layer, partial(folder.read_layer, block.index, f"{block.parent}.{number}."))
 
     def _take_rank_zeros(self, block: QuantBlock, kept: nn.ModuleDict) -> None:
         """Every process goes on with one and the same block, whatever the last bit of its own device's arithmetic."""
-        if self.world_size == 1:
+        if self._share[1] == 1:
             return
         own = block.structure().as_dict(), {name: tensor.cpu() for name, tensor in block.tensors().items()}
         structure, tensors = self.strategy.broadcast(own)
@@ -299,7 +342,12 @@ class BlockwiseTrainer(L.Trainer):
         arguments = {k: v if k == "logger" else copy.deepcopy(v) for k, v in self._block_arguments.items()}
         kept = self._keep_steps(module, arguments)
         with quiet(), interruptible():
-            if self.world_size > 1 and module.block.has_experts:  # some may have no token of a batch
+            if self.block_parallel:
+                arguments |= {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(self.strategy.root_device)}
+                if not self.is_global_zero:  # one bar
+                    arguments["enable_progress_bar"] = False
+                    arguments["callbacks"] = [c for c in arguments["callbacks"] if not isinstance(c, ProgressBar)]
+            elif self.world_size > 1 and module.block.has_experts:  # some may have no token of a batch
                 arguments["strategy"] = "ddp_find_unused_parameters_true"
             trainer = L.Trainer(**arguments | {"logger": self.loggers or False})
             module.activations = activations
@@ -316,15 +364,13 @@ class BlockwiseTrainer(L.Trainer):
         if run is None or path is None or self.checkpoint_every is None or arguments.get("fast_dev_run"):
             return None
         sealed = SealedCheckpoints(path, {"run": run.recipe_sha256, "block": module.block.index})
-        plugins = arguments.get("plugins") or []
-        arguments["plugins"] = [*(plugins if isinstance(plugins, list | tuple) else [plugins]), sealed]
-        arguments["callbacks"] = [*arguments["callbacks"], KeepSteps(path, self.checkpoint_every)]
-        wrong = on_rank_zero(self, lambda: sealed.wrong() if path.exists() else None)
-        if wrong is None:
+        arguments |= keeping_steps(arguments, sealed, self.checkpoint_every)
+        found = sealed.found() if self.block_parallel else on_rank_zero(self, sealed.found)
+        if found is None:
             return None
-        found = f"is not used, {wrong}; the fit begins anew" if wrong else "is there, the fit goes on from it"
-        say(f"block {module.block.index + 1}: {path.name} {found}")
-        return None if wrong else path
+        said = f"is not used, {found}; the fit begins anew" if found else "is there, the fit goes on from it"
+        (print if self.block_parallel else say)(f"block {module.block.index + 1}: {path.name} {said}")
+        return None if found else path
 
     def _reload_block(self, block: QuantBlock, folder: RunFolder, x_q: Tensor, x_fp: Tensor) -> BlockRecord:
         """Take a finished block from its file; both streams become its outputs."""
@@ -363,20 +409,9 @@ class BlockwiseTrainer(L.Trainer):
         result = self._perplexity(model, datamodule)
         if self.is_global_zero:
             write_json(Path(result_file), result.as_dict())
-        say(
-            f"{result.model}: perplexity {result.perplexity:.3f} per token, {result.word_perplexity:.2f} per word on "
-            f"{result.protocol['text']} ({result.protocol['windows']} windows of {result.protocol['window_length']} "
-            f"tokens, {result.dtype}); written to {result_file}"
-        )
+        say(f"{result.line()}; written to {result_file}")
         if earlier is not None:
-            compared = result.compare(earlier)
-            error = (
-                "" if compared.standard_error is None else f" with a standard error of {compared.standard_error:.4f}"
-            )
-            say(
-                f"{compared.ratio:.4f} times that of {earlier.model} ({earlier.perplexity:.3f}): a difference of "
-                f"{compared.difference:+.4f} nats a token, window by window{error}"
-            )
+            say(result.compare(earlier).line(earlier))
         return result
 
     def _perplexity(self, model: QuantizedLM, datamodule: TextData, folder: Path | None = None) -> PerplexityResult:
@@ -415,9 +450,10 @@ class BlockwiseTrainer(L.Trainer):
         folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))
         rest = total - sum(o * i for o, i in shapes.values())
         _, size = output_range(shapes, grid, probe, rest, model.load_dtype)
-        if datamodule.num_samples is not None:
+        if datamodule.num_samples is not None and not self.block_parallel:
             require_even(self, datamodule.num_samples)
-        streams = self._stream_bytes(model, datamodule, probe) if self.activations == "disk" else 0
+        streams = stream_bytes(model, datamodule, probe) if self.activations == "disk" else 0
+        streams *= self.num_devices if self.block_parallel else 1
         done = folder.check(size + streams) if self.is_global_zero else 0
         title = Report(model.checkpoint, probe.title, grid, model.activations).title
         auto = " (group_size: auto)" if model.weights.group_size == "auto" else ""
@@ -426,32 +462,14 @@ class BlockwiseTrainer(L.Trainer):
             say(f"going on with block {done + 1}; the first {done} are finished there")
         return grid, folder, done
 
-    @staticmethod
-    def _stream_bytes(model: QuantizedLM, datamodule: TextData, method: BlockModule) -> int:
-        """Of all activations between two blocks."""
-        tokens = datamodule.num_samples * datamodule.seq_len
-        width = model.config.get_text_config().hidden_size
-        return tokens * width * model.load_dtype.itemsize * (3 if method.aug_loss else 2)
-
     def _recipe(self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, method: BlockModule) -> dict[str, Any]:
-        """All that decides the result."""
         own = {k: v for k, v in self._block_arguments.items() if k not in ("logger", "enable_progress_bar")}
         own["devices"] = self.num_devices
+        if self.block_parallel:  # whose result does not depend on who calibrates which
+            own = {k: v for k, v in own.items() if k not in ("devices", "num_nodes", "strategy")}
+            own["block_parallel"] = True
         own["callbacks"] = [callback for callback in own["callbacks"] if not isinstance(callback, ProgressBar)]
-        return {
-            "plquant": plquant.__version__,
-            "seed": _seed(),
-            "model": {
-                "checkpoint": model.checkpoint,
-                "weights": asdict(grid),
-                "activations": None if model.activations is None else asdict(model.activations),
-                "blocks_per_fit": model.blocks_per_fit,
-                "dtype": str(model.load_dtype),
-            },
-            "method": {"class": type(method).__qualname__, **method.hparams},
-            "data": {"class": type(datamodule).__qualname__, **datamodule.hparams},
-            "trainer": own,
-        }
+        return recipe(_seed(), model, datamodule, grid, method, own)
 
     def _probe(self, model: QuantizedLM, grid: IntGrid) -> BlockModule:
         """The method on a block of one linear: shows its name and options, and refuses wrong ones at once."""
@@ -466,21 +484,14 @@ class BlockwiseTrainer(L.Trainer):
             yield
 
     def _error(self, block: QuantBlock, x: Tensor, target: Tensor) -> float:
-        size, mean = at_once(x), MeanMetric(nan_strategy="disable").to(self.strategy.root_device)
-        for output, t in zip(block.batches(x, size), pieces(target, size), strict=True):
-            mean.update(token_error(output, t.to(output.device)), len(t))
-        return float(mean.compute())
+        return block_error(block, x, target, self.strategy.root_device, self._share[1])
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Which of the shares of the samples this process has, and how many there are."""
+        return (0, 1) if self.block_parallel else (self.global_rank, self.world_size)
 
 
 def _seed() -> int:
     """Of ``seed_everything``, 0 if it was not called."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-@contextmanager
-def full_precision(blocks: list[QuantBlock]) -> Iterator[None]:
-    """Within it all blocks are the original ones."""
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(block.full_precision())
-        yield

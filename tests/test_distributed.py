@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from plquant.blocks.activations import Order
 from plquant.cli import main
-from plquant.run_folder import RUNNING
+from plquant.formats.checkpoint import block_shard
+from plquant.run_folder import RUNNING, running_of
 from plquant.verify import verify
 from tests.families import byte_tokenizer, tiny_model
-from tests.two_processes import LENGTH, METHODS, SAMPLES, calibrate
+from tests.two_processes import EPOCHS, LENGTH, METHODS, SAMPLES, calibrate
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +78,54 @@ def test_two_processes_give_what_one_gives(name: str, both: tuple[Path, str], ch
 
 
 def test_one_process_prints(both: tuple[Path, str]) -> None:
-    assert both[1].count("block   1/2") == both[1].count("GiB") == len(METHODS)
+    assert both[1].count("block   1/2") == both[1].count("GiB") == len(METHODS) + 1
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+class Stop(L.Callback):
+    """Ends a run in a block, after so many steps."""
+
+    at: ClassVar[tuple[int, int]] = (1, 5)
+    steps: ClassVar[int] = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        Stop.steps += 1
+        if (pl_module.block.index, trainer.global_step) == Stop.at:
+            raise RuntimeError("stop here")
+
+
+def test_blocks_calibrated_apart_are_those_of_one_process(
+    both: tuple[Path, str], checkpoint: Path, tmp_path: Path
+) -> None:
+    apart = both[0] / "apart"
+    calibrate(checkpoint, tmp_path / "one", "OmniQuant", 1, block_parallel=True)
+    assert written(tmp_path / "one") == written(apart) and all(check.passed for check in verify(apart))
+    # The first block has no others before it, the second is fitted to what they give in full precision.
+    calibrate(checkpoint, tmp_path / "stream", "OmniQuant", 1)
+    ours, streams = written(apart), written(tmp_path / "stream")
+    assert [ours[name] == streams[name] for name in sorted(ours)] == [True, False, True]
+
+
+def test_blocks_calibrated_apart_go_on_from_any_of_them(
+    both: tuple[Path, str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process lost its first block where another had finished its own; another number of them goes on."""
+    options = {"block_parallel": True, "checkpoint_every": 1, "callbacks": [Stop()]}
+    with pytest.raises(RuntimeError, match="stop here"):
+        calibrate(checkpoint, tmp_path, "OmniQuant", 1, **options)
+    for name in (block_shard(0), f"{block_shard(0)}.json"):
+        (tmp_path / name).unlink()
+    assert (tmp_path / running_of(1)).exists()
+    with pytest.raises(ValueError, match=r"(?s)holds another run.*trainer.max_epochs"):
+        calibrate(checkpoint, tmp_path, "OmniQuant", 1, **options | {"max_epochs": 4})
+    monkeypatch.setattr(Stop, "at", None)
+    monkeypatch.setattr(Stop, "steps", 0)
+    calibrate(checkpoint, tmp_path, "OmniQuant", 1, **options)
+    assert Stop.steps == 2 * EPOCHS * SAMPLES - 4 and not (tmp_path / running_of(1)).exists()
+    assert written(tmp_path) == written(both[0] / "apart")
 
 
 def command(checkpoint: Path, out: Path, *options: str) -> list[str]:

@@ -46,3 +46,5 @@ def calibrate(checkpoint: Path, out: Path, name: str, batch_size: int, **trainer
 if __name__ == "__main__":
     for each in METHODS:
         calibrate(Path(sys.argv[1]), Path(sys.argv[2]) / each, each, 1, devices=2, strategy="ddp")
+    apart = {"devices": 2, "strategy": "ddp", "block_parallel": True}
+    calibrate(Path(sys.argv[1]), Path(sys.argv[2]) / "apart", "OmniQuant", 1, **apart)
