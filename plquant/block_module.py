@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import StopForward
+from plquant.blocks.equivalence import equivalence_error
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.stream_files import pieces
 from plquant.distributed import AnyMetric, of_this_process
@@ -162,6 +163,7 @@ class BlockModule(L.LightningModule):
         self.error_before = 1.0  # of rounding to nearest; the loop measures it, losses are in units of it
         self.activations: Activations  # what it is fitted to; the loop sets it
         self.progress: RunProgress | None = None
+        self.equivalence: float | None = None  # error of the transforms alone, when they are fitted
         self.unseen: list[str] = []  # linears of experts that no token was sent to
         self._started = False
         self.strict_loading = False  # a checkpoint has what is learned, not the block
@@ -296,6 +298,10 @@ class BlockModule(L.LightningModule):
         """Be again what had the least error: the best epoch, or the start; before the first step nothing changes."""
         for parameter, best in zip(self._trained(), self._best_state, strict=bool(self._best_state)):
             parameter.copy_(best)
+
+    def prove(self) -> None:
+        """Measure what the transforms, fitted, change before anything is rounded: nothing, but for fp64's last bits."""
+        self.equivalence = equivalence_error(self.block, next(self.activations.inputs())[:1].to(self.block.device))
 
     @torch.no_grad()
     def fold(self) -> None:

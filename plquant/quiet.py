@@ -6,8 +6,11 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.callbacks import ProgressBar
 
 # Lightning's advice for training, which does not apply: a block is in evaluation mode and has no validation of its own.
 HINTS = (
@@ -18,6 +21,12 @@ HINTS = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*was called before the ``update`` method.*",  # of an expert that no token was sent to
 )
+
+
+def without_bar(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a Trainer's arguments those with which it shows no progress bar."""
+    callbacks = [callback for callback in arguments["callbacks"] if not isinstance(callback, ProgressBar)]
+    return {"enable_progress_bar": False, "callbacks": callbacks}
 
 
 @contextmanager

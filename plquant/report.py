@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class BlockRecord:
         seconds: Wall time.
         unseen: Linears of experts that no calibration token was sent to: rounded to nearest.
         notes: What the parts of the method have to say.
+        equivalence: Relative error that the transforms alone make, in fp64 with nothing rounded; ``None`` without any.
         rolled_back: Why the block is rounded to nearest and not what the method made of it; empty if it is that.
     """
 
@@ -61,6 +63,7 @@ class BlockRecord:
     unseen: Sequence[str] = ()
     notes: Sequence[str] = ()
     rolled_back: str = ""
+    equivalence: float | None = None
 
     def line(self, num_blocks: int) -> str:
         """For the terminal."""
@@ -200,6 +203,15 @@ class Report:
             "peak_memory": peak_memory(),
             "peak_bytes": peak_bytes(),
             "versions": versions(),
+        }
+
+    def made(self, began: datetime) -> dict[str, Any]:
+        """For the certificate."""
+        return {
+            "versions": versions(),
+            "started": began.isoformat(timespec="seconds"),
+            "seconds": self.seconds,
+            "equivalence": {block.name: block.equivalence for block in self.blocks},
         }
 
     def write(self, folder: Path) -> None:

@@ -40,9 +40,9 @@ from plquant.nn.packed_structure import PackedStructure
 from plquant.perplexity import PerplexityResult
 from plquant.plan import Plan, Run, output_range
 from plquant.quant.grid import IntGrid
-from plquant.quiet import interruptible, quiet
+from plquant.quiet import interruptible, quiet, without_bar
 from plquant.recipe import recipe, stream_bytes
-from plquant.report import BlockRecord, Report, versions
+from plquant.report import BlockRecord, Report
 from plquant.run_folder import RUNNING, RunFolder, running_of
 from plquant.trial import try_block
 
@@ -77,6 +77,7 @@ class BlockwiseTrainer(L.Trainer):
         precision: Any = "bf16-mixed",
         devices: Any = 1,
         logger: Any = False,
+        deterministic: Any = "warn",
         block_parallel: bool = False,
         checkpoint_every: int | None = 100,
         activations: Literal["memory", "disk"] = "memory",
@@ -85,7 +86,9 @@ class BlockwiseTrainer(L.Trainer):
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ValueError(f"--trainer.checkpoint_every={checkpoint_every} is no number of steps; null takes none")
         self.checkpoint_every, self.activations, self.block_parallel = checkpoint_every, activations, block_parallel
-        kwargs.update(max_epochs=max_epochs, precision=precision, devices=devices, logger=logger)
+        kwargs.update(
+            max_epochs=max_epochs, precision=precision, devices=devices, logger=logger, deterministic=deterministic
+        )
         kwargs.update(enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False)
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
@@ -102,6 +105,8 @@ class BlockwiseTrainer(L.Trainer):
             )
         with quiet():
             super().__init__(*args, **kwargs)
+        # A search for reads of memory that nothing wrote; it would cost 5% of a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         require_supported(self)
         if self.strategy.root_device.type == "mps":
             raise ValueError("--trainer.accelerator=mps has no float64, which folding needs; use cpu")
@@ -124,8 +129,7 @@ class BlockwiseTrainer(L.Trainer):
         evaluate = evaluate and not self._block_arguments.get("fast_dev_run")
         grid, folder, done = self._check(model, datamodule, output_dir)
         if evaluate:
-            windows = datamodule.evaluation_text(model).windows  # so that a text too short is refused now
-            share_of(windows, self.global_rank, self.world_size)
+            share_of(datamodule.evaluation_text(model).windows, self.global_rank, self.world_size)
             if datamodule.text_name("validation") == datamodule.text_name("calibration"):
                 say(f"note: perplexity is measured on the calibration text, {datamodule.text_name('validation')}")
         return launch(self, lambda: self._calibrate(model, datamodule, grid, folder, done, evaluate))
@@ -190,10 +194,9 @@ class BlockwiseTrainer(L.Trainer):
         if evaluate:
             report.perplexities[report.title] = self._perplexity(model, datamodule, on_disk)
         report.seconds = time.monotonic() - started
-        made = {"started": began.isoformat(timespec="seconds"), "seconds": report.seconds, "machine": machine()}
         if self.is_global_zero:
             report.write(folder.path)
-            folder.finish(len(blocks), {"recipe": folder.recipe, "versions": versions(), **made})
+            folder.finish(len(blocks), {"recipe": folder.recipe, "machine": machine(), **report.made(began)})
             report.print()
         self.strategy.barrier()  # the folder is finished for every process that looks at it
         return report
@@ -267,7 +270,8 @@ class BlockwiseTrainer(L.Trainer):
         unseen = [f"{block.parent}.{name}" for name in module.unseen]
         notes = [note for part in module.parts for note in part.notes]
         seconds = time.monotonic() - started
-        return BlockRecord(block.index, block.name, before, *errors, seconds, unseen, notes, reason)
+        proven = None if reason else module.equivalence
+        return BlockRecord(block.index, block.name, before, *errors, seconds, unseen, notes, reason, proven)
 
     def _calibrate_apart(
         self, blocks: list[QuantBlock], model: QuantizedLM, size: int, x: Tensor, folder: RunFolder, run: RunProgress
@@ -327,6 +331,7 @@ class BlockwiseTrainer(L.Trainer):
             except torch.linalg.LinAlgError:
                 module.go_back_()  # to what was good before
             with self._on_device(module.block):  # Lightning has put it back on the CPU
+                module.prove()
                 module.fold()
                 if not module.parts:
                     return ""  # it is rounding to nearest
@@ -344,9 +349,7 @@ class BlockwiseTrainer(L.Trainer):
         with quiet(), interruptible():
             if self.block_parallel:
                 arguments |= {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(self.strategy.root_device)}
-                if not self.is_global_zero:  # one bar
-                    arguments["enable_progress_bar"] = False
-                    arguments["callbacks"] = [c for c in arguments["callbacks"] if not isinstance(c, ProgressBar)]
+                arguments |= {} if self.is_global_zero else without_bar(arguments)
             elif self.world_size > 1 and module.block.has_experts:  # some may have no token of a batch
                 arguments["strategy"] = "ddp_find_unused_parameters_true"
             trainer = L.Trainer(**arguments | {"logger": self.loggers or False})

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 16  # of the forward pass
+EQUIVALENT = 1e-5  # norms compute in fp32, and matrices are inverted
 ZERO_POINT = "weight_zero_point"
 WORDS = ("weight_packed", "weight_scale", ZERO_POINT)  # tensors of a packed linear
 
@@ -56,9 +57,13 @@ def verify(folder: str | Path) -> list[Check]:
         raise ValueError(f"{path} has no {' and no '.join(missing)}: give the output folder of a finished run")
     checks = [_attempt("files", lambda: _files(path))]
     if not checks[0].passed:  # what is damaged is not loaded
-        return checks + [Check(name, None, "not looked at") for name in ("linears", "size", "run time")]
+        return checks + [Check(name, None, "not looked at") for name in ("transforms", "linears", "size", "run time")]
     model = QuantizedLM(str(path), RTN)
-    checks += [_attempt("linears", lambda: _linears(path, model)), _attempt("size", lambda: _size(path, model))]
+    checks += [
+        _attempt("transforms", lambda: _transforms(path)),
+        _attempt("linears", lambda: _linears(path, model)),
+        _attempt("size", lambda: _size(path, model)),
+    ]
     return [*checks, _attempt("run time", lambda: _run_time(path, model.lm))]
 
 
@@ -74,6 +79,16 @@ def _files(folder: Path) -> tuple[bool, str]:
     damaged = damaged_files(folder, manifest)
     tensors = sum(map(len, manifest["tensors"].values()))
     return not damaged, "; ".join(damaged) or f"{len(manifest['files'])} files, {tensors} tensors as they were written"
+
+
+def _transforms(folder: Path) -> tuple[bool, str]:
+    """What the run measured on each block: its transforms, with nothing rounded, leave the output where it was."""
+    found = {name: error for name, error in read_manifest(folder)["made"]["equivalence"].items() if error is not None}
+    if not found:
+        return True, "none, or rounded to nearest in every block"
+    worst = max(found, key=lambda name: found[name])
+    said = f"{len(found)} blocks; greatest relative change of an output before rounding"
+    return found[worst] <= EQUIVALENT, f"{said} {found[worst]:.1e} ({worst}), at most {EQUIVALENT:.0e}"
 
 
 def _linears(folder: Path, model: QuantizedLM) -> tuple[bool, str]:

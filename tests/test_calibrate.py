@@ -321,3 +321,38 @@ def test_no_room_is_said_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"--output_dir=.* needs 1024000.00 GiB, but .* has .* GiB free"):
         RunFolder(tmp_path / "a" / "b", {}).check(1000 * 2**40)
     assert not (tmp_path / "a").exists()
+
+
+METHODS: dict[str, Any] = {
+    "RTN": pq.methods.RTN,
+    "GPTQ": pq.methods.GPTQ,
+    "AdaDim": pq.methods.AdaDim,
+    "OmniQuant": pq.methods.OmniQuant,
+    "AffineQuant": pq.methods.AffineQuant,
+    "Best": pq.methods.Best,
+    "QLLM": pq.methods.QLLM,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_repeated_gives_the_same_bytes_by_algorithms_that_promise_it(
+    name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    activations = pq.ActivationGrid(4) if name == "QLLM" else None
+    written = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        torch.use_deterministic_algorithms(False)
+        torch.rand(7)  # a state of its own
+        L.seed_everything(1, verbose=False)
+        model = pq.QuantizedLM(str(checkpoint), METHODS[name], pq.IntGrid(3, 16), activations)
+        trainer = pq.BlockwiseTrainer(max_epochs=2, deterministic=True, enable_progress_bar=False, accelerator="cpu")
+        trainer.calibrate(model, pq.data.BuiltinText(num_samples=4, seq_len=32), str(out), evaluate=False)
+        assert torch.are_deterministic_algorithms_enabled()
+        written.append({path.name: path.read_bytes() for path in out.glob("*.safetensors")})
+    assert written[0] == written[1]
+
+
+def test_a_run_uses_them_without_being_asked() -> None:
+    torch.use_deterministic_algorithms(False)
+    pq.BlockwiseTrainer(accelerator="cpu")
+    assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()

@@ -83,6 +83,18 @@ def test_run_time_operations_and_axes_pass(
     assert all(check.passed for check in checks), checks
 
 
+def test_what_transforms_changed_before_rounding_is_judged(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(checkpoint, tmp_path / "out", pq.methods.OmniQuant, activations=ActivationGrid(4))
+    measured = json.loads((out / MANIFEST).read_text())["made"]["equivalence"]
+    assert set(measured) == {"model.layers.0", "model.layers.1", "model.layers.2"}
+    assert all(0 <= error < 1e-12 for error in measured.values() if error is not None) and any(measured.values())
+    monkeypatch.setattr("plquant.verify.EQUIVALENT", 1e-20)
+    failed = [check for check in verify(out) if not check.passed]
+    assert [check.name for check in failed] == ["transforms"] and "model.layers." in failed[0].found
+
+
 def test_one_wrong_bit_in_any_file_fails_and_names_it(copied: Path) -> None:
     for path in sorted(copied.iterdir()):
         before = path.read_bytes()

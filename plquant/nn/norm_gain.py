@@ -15,6 +15,8 @@ class NormGain(Transform):
         channels: Width of the norm, C.
     """
 
+    preserves = False
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.log_gain = nn.Parameter(torch.zeros(channels, dtype=torch.float32))

@@ -25,6 +25,7 @@ class Transform(nn.Module):
     """Base of all transforms; this one changes nothing, a subclass overrides the sides it has."""
 
     is_online: bool = False  # something stays to be done at run time
+    preserves: bool = True  # without rounding the block's output is the same number
 
     def write_weight(self, weight: ScaledWeight, rows: slice = slice(None)) -> ScaledWeight:
         """The source linear's weight [O, I], its rows ``rows`` being the C channels written here."""

@@ -39,7 +39,7 @@ class ChannelReassembly(Transform):
         assert plan.channels == len(self.coefficient), "a plan for another width"
         device = self.coefficient.device
         self.plan = plan
-        self.is_online = not plan.is_identity
+        self.is_online, self.preserves = not plan.is_identity, plan.is_identity
         self.coefficient = plan.coefficient.to(device)
         self.gather = GatherOp(plan.index, plan.adds).to(device)
 
