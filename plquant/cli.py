@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": "Measure perplexity, of the original model or of a quantized one.",
     "plan": "Say what a run will take and give: memory, size, effective bits; loads no weights.",
     "verify": "Check the output folder of a finished run: exit status 0 if all is well, 1 if not.",
+    "tune": "Train the scales of a quantized model on its loss as a whole, into a new folder.",
     "generate": "Continue a text with a quantized model, from its packed integers.",
 }
 
@@ -51,6 +52,10 @@ def main(args: Sequence[str] | None = None) -> None:
         from plquant.generate_cli import run as generate
 
         return generate(args[1:])
+    if args[0] == "tune":
+        from plquant.tune_cli import run as tune
+
+        return tune(args[1:])
     from plquant.lightning_cli import run
 
     run(args)
