@@ -44,6 +44,7 @@ from plquant.quiet import interruptible, quiet, without_bar
 from plquant.recipe import recipe, stream_bytes
 from plquant.report import BlockRecord, Report
 from plquant.run_folder import RUNNING, RunFolder, running_of
+from plquant.tasks import lines, load_tasks, measure
 from plquant.trial import try_block
 
 SAME = 1e-5  # relative difference of two errors summed in another order
@@ -392,6 +393,9 @@ class BlockwiseTrainer(L.Trainer):
         datamodule: TextData,
         result_file: str = "perplexity.json",
         baseline: str | None = None,
+        tasks: str | None = None,
+        task_data: str | None = None,
+        task_limit: int | None = None,
     ) -> PerplexityResult:
         """Measure perplexity, print it and write it as JSON with the protocol it was measured under.
 
@@ -402,6 +406,9 @@ class BlockwiseTrainer(L.Trainer):
             datamodule: The text.
             result_file: JSON file to write.
             baseline: JSON file of an earlier measurement to compare with; refused if its protocol differs.
+            tasks: Names of lm-eval, such as piqa,arc_easy, or its YAML files: their accuracy is measured too.
+            task_data: Folder with a file for each task (piqa.jsonl); null takes their data from the hub.
+            task_limit: Of each task answer the first so many questions; null answers all.
         """
         protocol = datamodule.evaluation_text(model).protocol
         earlier = None if baseline is None else PerplexityResult.read(baseline)
@@ -409,12 +416,19 @@ class BlockwiseTrainer(L.Trainer):
             PerplexityResult(model.checkpoint, 0.0, self._precision_of(model), protocol).check_compares(earlier)
         if not Path(result_file).absolute().parent.is_dir():
             raise ValueError(f"--result_file={result_file}: there is no such folder")
+        asked = None if tasks is None else load_tasks(model, tasks, task_data, self.world_size)
         result = self._perplexity(model, datamodule)
+        accuracy = {}
+        if asked is not None:
+            with self.strategy.precision_plugin.forward_context():
+                accuracy = measure(model, *asked, self.strategy.root_device, datamodule.batch_size, task_limit)
         if self.is_global_zero:
-            write_json(Path(result_file), result.as_dict())
+            write_json(Path(result_file), result.as_dict() | ({"tasks": accuracy} if accuracy else {}))
         say(f"{result.line()}; written to {result_file}")
         if earlier is not None:
             say(result.compare(earlier).line(earlier))
+        for line in lines(accuracy):
+            say(line)
         return result
 
     def _perplexity(self, model: QuantizedLM, datamodule: TextData, folder: Path | None = None) -> PerplexityResult:

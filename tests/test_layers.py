@@ -31,6 +31,7 @@ BELOW = {
     "plan": ["quant", "formats", "block_module", "trial"],
     "trial": ["quant", "blocks", "report"],
     "perplexity": [],
+    "tasks": ["model"],
     "weight_files": [],
     "partial_load": [],
     "sources": ["weight_files", "partial_load"],
@@ -58,7 +59,7 @@ BELOW = {
             "callbacks",
         ],
         *["callbacks", "finite", "manifest", "perplexity", "plan", "quiet", "recipe", "report", "run_folder"],
-        "trial",
+        *["tasks", "trial"],
     ],
 }
 PURE = {"quant", "transforms", "kernels"}  # never lightning or transformers
