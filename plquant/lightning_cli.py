@@ -38,6 +38,20 @@ def chosen_classes(args: Sequence[str]) -> set[str]:
     return chosen
 
 
+def with_class_names(args: Sequence[str]) -> list[str]:
+    """The arguments with methods named as their classes are: ``--model.method best`` is ``Best``."""
+    names = {name.lower(): name for name, value in vars(plquant.methods).items() if isinstance(value, type)}
+    known, following = list(args), False
+    for index, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if following:
+            known[index] = names.get(arg.lower(), arg)
+        elif flag == "--model.method" and equals:
+            known[index] = f"{flag}={names.get(value.lower(), value)}"
+        following = arg in ("--model.method", "--model.method.help")
+    return known
+
+
 class PlquantCLI(LightningCLI):
     """``model`` is what is quantized and how, ``data`` the text, ``trainer`` how each block is fitted."""
 
@@ -65,6 +79,10 @@ class PlquantCLI(LightningCLI):
 
 def run(args: list[str]) -> None:
     """Parse and run; errors a user can mend end in a message, not in a traceback."""
+    own = args == sys.argv[1:]  # Lightning warns of arguments that are not
+    args = with_class_names(args)
+    if own:
+        sys.argv[1:] = args
     PlquantCLI.arguments = args
     try:
         PlquantCLI(
@@ -76,7 +94,7 @@ def run(args: list[str]) -> None:
             auto_configure_optimizers=False,
             save_config_callback=None,
             parser_kwargs={"prog": "plquant"},
-            args=None if args == sys.argv[1:] else args,
+            args=None if own else args,
         )
     except (ValueError, OSError, NotImplementedError) as error:
         if os.environ.get("PLQUANT_DEBUG"):

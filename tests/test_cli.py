@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import plquant as pq
 from plquant.cli import COMMANDS, main
-from plquant.lightning_cli import PlquantCLI
+from plquant.lightning_cli import PlquantCLI, with_class_names
 
 SMALL = (
     "--data BuiltinText --data.num_samples 4 --data.seq_len 32 --data.eval_seq_len 64 --data.eval_windows 2 "
@@ -41,6 +41,19 @@ def test_commands_are_those_of_the_trainer() -> None:
     assert all(hasattr(pq.BlockwiseTrainer, name) for name in ours)
     with pytest.raises(SystemExit, match="'calibrat' is not a command; there are calibrate, validate"):
         main(["calibrat"])
+
+
+@pytest.mark.parametrize("given", [["--model.method", "gptq"], ["--model.method=gptq"], ["--model.method", "GPTQ"]])
+def test_methods_may_be_named_in_lower_case(
+    given: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        calibrate(checkpoint, tmp_path / "out", *given, "--model.method.damp", "0.25", "--print_config")
+    printed = capsys.readouterr().out
+    assert "class_path: plquant.methods.GPTQ" in printed and "damp: 0.25" in printed
+    assert with_class_names(["--output_dir", "best", "--model.method=qllm"]) == [
+        *("--output_dir", "best", "--model.method=QLLM")
+    ]
 
 
 def test_help_of_a_method_is_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
