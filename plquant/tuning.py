@@ -26,6 +26,7 @@ from plquant.model import QuantizedLM
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.tuned_linear import TunedLinear
 from plquant.packed_model import load
+from plquant.run_folder import DATA_SHA256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,7 +165,7 @@ def tune(
 
     Args:
         folder: Output folder of a finished run.
-        data: The calibration text.
+        data: The text to train on; better not the windows that the run was calibrated on.
         trainer: Its ``max_epochs`` are passes over that text.
         output_dir: Folder of the tuned model, new or empty; it is there when all of it is.
         loss: ``kl`` follows the predictions of the original model, ``lm`` the tokens of the text.
@@ -185,6 +186,11 @@ def tune(
     model = QuantizedLM(str(folder), RTN)
     data.trainer = trainer
     ids = data.calibration_ids(original or model)
+    if ids_sha256(ids) == recipe["data"].get(DATA_SHA256):
+        print(
+            "note: these are the windows that the run was calibrated on. It fits them better than other text: little "
+            "is left to learn, and the held-out ones are not new to it; give others (--data.seed, or another text)"
+        )
     held = max(1, round(len(ids) * held_out))
     if held >= len(ids):
         raise ValueError(

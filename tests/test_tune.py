@@ -114,12 +114,22 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     folder, new = run(checkpoint, tmp_path / "out"), tmp_path / "new"
     small = "--data.num_samples 8 --data.seq_len 32 --trainer.accelerator cpu --trainer.enable_progress_bar false"
     main(["tune", str(folder), "--output_dir", str(new), "--trainer.max_epochs", "1", "--lr", "0.02", *small.split()])
-    assert "Scales tuned for 1 epochs on 7 windows" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Scales tuned for 1 epochs on 7 windows" in printed and "note: these are the windows" not in printed
     recorded = json.loads((new / "tuned.json").read_text())
     assert recorded["teacher"] == str(checkpoint) and len(recorded["losses"]) == 1
     assert json.loads((new / "manifest.json").read_text())["made"]["tuned"] == recorded
     assert "Tuned end to end" in (new / "README.md").read_text()
     assert not [path for path in tmp_path.iterdir() if path.name not in ("out", "new")]
+
+
+def test_it_says_so_where_the_run_was_calibrated_on_these_windows(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(checkpoint, tmp_path / "out")
+    small = "--data BuiltinText --data.num_samples 4 --data.seq_len 32 --trainer.max_epochs 1".split()
+    main(["tune", str(folder), "--output_dir", str(tmp_path / "new"), *small])
+    assert "note: these are the windows that the run was calibrated on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
