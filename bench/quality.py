@@ -6,6 +6,10 @@ Every row is a run of `plquant calibrate` in a process of its own, then `plquant
 is measured is what was packed, saved and loaded again. A row that is finished is not run again, so the script can be
 stopped and goes on. It prints a table, then one line of JSON; rows are kept in bench/results/quality.csv.
 
+`--peers` adds rows of other toolkits, those that are installed here (`pip install plquant[peers]`), on the same model,
+calibration ids and evaluation windows; `--methods` without names leaves ours out. The two kinds may run in environments
+of their own: rows of one `--out` and one results file come together. Seconds of a peer are those of its quantization.
+
 `--ids` is a safetensors file with calibration_ids [N, T] and evaluation_ids [W, T]; without it the text that comes with
 Python is used (`--data BuiltinText`).
 """
@@ -16,6 +20,7 @@ import argparse
 import csv
 import json
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -23,6 +28,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.peers import PEERS, installed  # noqa: E402
 
 REGIMES: dict[str, list[str]] = {
     "W4A16 g64": ["--model.weights.bits=4", "--model.weights.group_size=64"],
@@ -58,6 +67,7 @@ COLUMNS = {
     "worst block": "largest relative squared error of a block's output",
     "less a token": "the same without the block's heaviest token",
     "s a block": "seconds",
+    "CPU s a block": "of all threads; on a busy machine the fair figure of the two",
     "peak GiB": "resident memory",
 }
 
@@ -91,6 +101,7 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
     measured = folder / "perplexity.json"
     with open(folder.with_suffix(".log"), "a") as log:
         if not (folder / "report.json").exists():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             plquant(
                 log,
                 *[
@@ -103,7 +114,9 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
                 *[f"--output_dir={folder}", "--evaluate=false", "--trainer.enable_progress_bar=false"],
                 f"--trainer.max_epochs={options.epochs}",
             )
-            (folder / "where.json").write_text(json.dumps(where()))
+            used = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+            (folder / "where.json").write_text(json.dumps(where() | {"cpu_seconds": seconds}))
         if not measured.exists():
             plquant(log, "validate", f"--model.checkpoint={folder}", *data, f"--result_file={measured}")
     report, recipe = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "recipe"))
@@ -111,6 +124,8 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
     if found != (options.model, options.epochs, options.ids):
         sys.exit(f"{folder} holds a run of other options (model, epochs, ids): {found}; give another --out")
     worst = max(report["blocks"], key=lambda block: block["squared_error"])
+    made = json.loads((folder / "where.json").read_text())
+    cpu_seconds = made.pop("cpu_seconds", None)  # earlier runs have none
     return {
         "regime": regime,
         "method": method,
@@ -120,10 +135,42 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
         "worst block": f"{worst['squared_error']:.2e}",
         "less a token": f"{worst['squared_error_rest']:.2e}",
         "s a block": round(sum(block["seconds"] for block in report["blocks"]) / report["num_blocks"], 1),
+        "CPU s a block": "" if cpu_seconds is None else round(cpu_seconds / report["num_blocks"], 1),
         "peak GiB": round(report["peak_bytes"] / 2**30, 2),
         "model": options.model,
         "epochs": options.epochs,
-    } | json.loads((folder / "where.json").read_text())
+    } | made
+
+
+def run_peer(regime: str, peer: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of another toolkit; a run that is finished is only read."""
+    file = Path(options.out) / regime.replace(" ", "").lower() / f"peer {peer}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        arguments = ["-m", "bench.peers", f"--peer={peer}", f"--bits={regime[1]}", f"--model={options.model}"]
+        arguments += [f"--result={file}", *([f"--ids={options.ids}"] if options.ids else [])]
+        with open(file.with_suffix(".log"), "a") as log:
+            done = subprocess.run([sys.executable, *arguments], stdout=log, stderr=log)
+        if done.returncode:
+            sys.exit(f"python {' '.join(arguments)}\nfailed; see {log.name}")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"where": where()}, indent=2))
+    found = json.loads(file.read_text())
+    if (found["model"], found["ids"]) != (options.model, options.ids):
+        sys.exit(f"{file} is of another model or other ids: {found['model']}, {found['ids']}; give another --out")
+    return {
+        "regime": regime,
+        "method": f"{peer} {found['version']}",
+        "perplexity": round(found["perplexity"], 3),
+        "bits": round(found["effective_bits"], 3),
+        "MACs": "+0.0%",
+        "worst block": "",
+        "less a token": "",
+        "s a block": round(found["seconds"] / found["blocks"], 1),
+        "CPU s a block": round(found["cpu_seconds"] / found["blocks"], 1),
+        "peak GiB": round(found["peak_bytes"] / 2**30, 2),
+        "model": options.model,
+        "epochs": options.epochs,
+    } | found["where"]
 
 
 def plquant(log: IO[str], *arguments: str) -> None:
@@ -150,7 +197,7 @@ def keep(rows: list[dict[str, Any]]) -> None:
     with open(RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(kept + rows)
+        writer.writerows({name: row.get(name, "") for name in rows[0]} for row in kept + rows)
 
 
 def main() -> None:
@@ -160,19 +207,28 @@ def main() -> None:
     parser.add_argument("--ids", help="safetensors file with calibration_ids and evaluation_ids")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES), metavar="REGIME")
-    parser.add_argument("--methods", nargs="+", help="names of rows; all that make sense in a regime if not given")
+    parser.add_argument("--methods", nargs="*", help="names of rows; all that make sense in a regime if not given")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), metavar="PEER", help="other toolkits; all installed")
     parser.add_argument("--out", default="out/quality", help="folder of the quantized models and logs")
     options = parser.parse_args()
     rows = []
+    here = installed()
+    peers = [] if options.peers is None else options.peers or here
+    if missing := [peer for peer in peers if peer not in here]:
+        parser.error(f"--peers {missing[0]}: {PEERS[missing[0]].package} is not installed; pip install it")
+    if options.peers is not None:
+        left_out = [peer for peer in PEERS if peer not in here]
+        print(f"peers installed: {', '.join(here) or 'none'}; not installed: {', '.join(left_out) or 'none'}")
     for name, meaning in COLUMNS.items():
         print(f"{name}: {meaning}" if meaning else name)
     print(" | ".join(f"{name:>18}" for name in COLUMNS))
     for regime in options.regimes:
-        for method in recipes(regime):
-            if options.methods is None or method in options.methods:
-                rows.append(run(regime, method, options))
-                keep(rows)
-                print(" | ".join(f"{rows[-1][name]!s:>18}" for name in COLUMNS), flush=True)
+        ours = [method for method in recipes(regime) if options.methods is None or method in options.methods]
+        theirs = [peer for peer in peers if "A16" in regime and int(regime[1]) in PEERS[peer].bits]
+        for name in [*ours, *theirs]:
+            rows.append((run if name in ours else run_peer)(regime, name, options))
+            keep(rows)
+            print(" | ".join(f"{rows[-1][column]!s:>18}" for column in COLUMNS), flush=True)
     print(json.dumps({"rows": rows, "model": options.model, "epochs": options.epochs, "torch": torch.__version__}))
 
 
