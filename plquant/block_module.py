@@ -396,8 +396,10 @@ class BlockModule(L.LightningModule):
     def error(self, tokens: int | None = None) -> float:
         """Error of the block as it is now against its target(s), over about so many tokens or all; ``token_error``."""
         mean, seen = self._reduced(MeanMetric(nan_strategy="disable").to(self.block.device)), 0
+        plugin = None if self._trainer is None else self._trainer.precision_plugin
         for x, *targets in self.activations.at_once():
-            output = self.block(x.to(self.block.device))
+            with contextlib.nullcontext() if plugin is None else plugin.forward_context():  # that of the steps
+                output = self.block(x.to(self.block.device))
             mean.update(sum(token_error(output, target.to(output.device)) for target in targets), len(x))
             seen += len(x)
             if tokens is not None and seen * x.shape[1] >= tokens:

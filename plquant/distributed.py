@@ -32,12 +32,14 @@ def is_rank_zero() -> bool:
 
 
 def require_supported(trainer: L.Trainer) -> None:
-    """Refuse strategies under which blocks are not calibrated.
+    """Refuse devices and strategies under which blocks are not calibrated.
 
     Raises:
         ValueError: The trainer's is none of ours.
     """
     strategy = trainer.strategy
+    if strategy.root_device.type == "mps":
+        raise ValueError("--trainer.accelerator=mps has no float64, which folding needs; use cpu")
     if isinstance(strategy, SingleDeviceStrategy):
         return
     if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.launcher, _SubprocessScriptLauncher):

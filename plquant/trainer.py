@@ -41,7 +41,7 @@ from plquant.perplexity import PerplexityResult
 from plquant.plan import Plan, Run, output_range
 from plquant.quant.grid import IntGrid
 from plquant.quiet import interruptible, quiet, without_bar
-from plquant.recipe import recipe, stream_bytes
+from plquant.recipe import recipe, require_streamable, stream_bytes, trainer_entry
 from plquant.report import BlockRecord, Report
 from plquant.run_folder import RUNNING, RunFolder, running_of
 from plquant.tasks import lines, load_tasks, measure
@@ -109,8 +109,6 @@ class BlockwiseTrainer(L.Trainer):
         # A search for reads of memory that nothing wrote; it would cost 5% of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         require_supported(self)
-        if self.strategy.root_device.type == "mps":
-            raise ValueError("--trainer.accelerator=mps has no float64, which folding needs; use cpu")
 
     def calibrate(
         self, model: QuantizedLM, datamodule: TextData, output_dir: str = "out", evaluate: bool = True
@@ -456,15 +454,11 @@ class BlockwiseTrainer(L.Trainer):
         shapes, total = model.linear_shapes()
         grid = model.weights.resolve(shapes)
         probe = self._probe(model, grid)
-        whole = [type(part).__name__ for part in probe.parts if part.changes_model]
-        if model.streaming and whole:
-            raise ValueError(
-                f"{', '.join(whole)} changes all blocks before the first is calibrated, and --model.streaming=true "
-                "holds one at a time; leave out one of the two (of Rotation: its place residual)"
-            )
+        require_streamable(model, probe.parts)
         for axis in {axis for part in probe.parts for axis in part.axes}:
             replace(grid, axis=axis).resolve(shapes)
-        folder = RunFolder(output_dir, self._recipe(model, datamodule, grid, probe))
+        decides = trainer_entry(self._block_arguments, self.num_devices, self.block_parallel)
+        folder = RunFolder(output_dir, recipe(_seed(), model, datamodule, grid, probe, decides))
         rest = total - sum(o * i for o, i in shapes.values())
         _, size = output_range(shapes, grid, probe, rest, model.load_dtype)
         if datamodule.num_samples is not None and not self.block_parallel:
@@ -478,15 +472,6 @@ class BlockwiseTrainer(L.Trainer):
         if done:
             say(f"going on with block {done + 1}; the first {done} are finished there")
         return grid, folder, done
-
-    def _recipe(self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, method: BlockModule) -> dict[str, Any]:
-        own = {k: v for k, v in self._block_arguments.items() if k not in ("logger", "enable_progress_bar")}
-        own["devices"] = self.num_devices
-        if self.block_parallel:  # whose result does not depend on who calibrates which
-            own = {k: v for k, v in own.items() if k not in ("devices", "num_nodes", "strategy")}
-            own["block_parallel"] = True
-        own["callbacks"] = [callback for callback in own["callbacks"] if not isinstance(callback, ProgressBar)]
-        return recipe(_seed(), model, datamodule, grid, method, own)
 
     def _probe(self, model: QuantizedLM, grid: IntGrid) -> BlockModule:
         """The method on a block of one linear: shows its name and options, and refuses wrong ones at once."""

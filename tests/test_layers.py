@@ -25,7 +25,7 @@ BELOW = {
     "block_checkpoint": ["files"],
     "distributed": [],
     "quiet": [],
-    "recipe": ["", "quant", "data", "block_module", "model"],
+    "recipe": ["", "quant", "data", "parts", "block_module", "model"],
     "data": ["evaluating"],
     "callbacks": ["block_module"],
     "plan": ["quant", "formats", "block_module", "trial"],

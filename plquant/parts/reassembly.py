@@ -64,8 +64,8 @@ class Reassembly(Part):
         if any(_mixes_at_run_time(part) for part in parts):
             raise ValueError(
                 "a matrix or rotation that runs with the model spreads outliers over all channels, and reassembly, "
-                "which folds into what comes before it, would take some of these away; leave out one of the two, or set "
-                "Affine's online=null, or leave norms and linears out of Rotation's places"
+                "which folds into what comes before it, would take some of these away; leave out one of the two, or "
+                "set Affine's online=null, or leave norms and linears out of Rotation's places"
             )
         if any(linear.inputs is None for linear in self.block.linears.values()):
             raise ValueError(

@@ -394,3 +394,21 @@ def test_nothing_left_to_learn_is_no_optimizer() -> None:
     block, _ = make_block("llama")
     block.sites = ()
     assert OmniQuant(block, lwc=False).learnables() == {}
+
+
+def test_the_start_is_measured_in_the_precision_of_the_steps() -> None:
+    """With nothing learned the start and every epoch are one and the same block, in fp32 under bf16 autocast too."""
+    block, x = make_block("llama", grid=IntGrid(8, 16))
+    with torch.no_grad(), block.full_precision():
+        target = block(x)
+    module, losses = OmniQuant(block, alpha=None, lwc_lr=0.0, let_lr=0.0), []
+    compare = module.on_train_epoch_end
+
+    def note() -> None:
+        losses.append((module._best_loss, float(module._epoch_loss.compute())))
+        compare()
+
+    module.on_train_epoch_end = note  # type: ignore[method-assign]
+    fit(module, x, target, 1, precision="bf16-mixed")
+    ((start, epoch),) = losses
+    assert epoch == pytest.approx(start, rel=1e-3)
