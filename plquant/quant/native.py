@@ -25,6 +25,7 @@ VECTORS = {  # what torch itself found the CPU to have
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 FLOATS = (torch.float32, torch.bfloat16)
+STRETCHES = 64  # as in the C++
 
 
 class _Grid(ctypes.Structure):
@@ -84,8 +85,7 @@ def gradients(
     found = [torch.empty_like(t) if t is not None and asked else None for t, asked in zip(weight, needed, strict=True)]
     if needed[3] != needed[4]:  # both ends come from one sum
         found[3], found[4] = (torch.empty_like(ranges.low) for _ in range(2))
-    threads = torch.get_num_threads()
-    inner = None if found[1] is None else weight.groups.new_zeros(threads, *found[1].shape, dtype=torch.float32)
+    inner = None if found[1] is None else _floats(STRETCHES, *found[1].shape).zero_()
     pointers = _WeightGradients(*[_pointer(tensor) for tensor in (found[0], inner, *found[2:])])
     kept = torch.stack(ranges)
     described = _described(weight, kept, grid, torch.float32)  # whose scale is rounded already

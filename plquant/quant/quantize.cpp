@@ -1,19 +1,16 @@
-// What fake_quantize.py does to a weight, group by group, and token_quantize.py to activations, row by row: each is read
+// What fake_quantize.py does to a weight, group by group, and token_quantize.py to activations, row by row. Each is read
 // once, and all that is made of it stays in the first-level cache. The same operations in the same order as those in
 // Python, in fp32 without contraction, so that codes and scales agree to the bit; sums, which only gradients have, may
-// differ in the order of their terms.
+// differ from those in the order of their terms, but not with the number of threads.
 //
 // Plain C++ that a compiler turns into vector instructions. Letters: R, G, g as in affine.py; K channels of a row.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 enum Dtype { F32 = 0, BF16 = 1, I8 = 2, U8 = 3 };
 
@@ -36,10 +33,13 @@ struct Weight {
   int32_t dtype, threads;
 };
 
+// Rows are cut into so many stretches, whatever the number of threads: no sum depends on that.
+const int64_t STRETCHES = 64;
+
 // Each may be null.
 struct WeightGradients {
   void* groups;   // [R, G, g] in the weight's dtype
-  float* inner;   // [threads, G, g], to be summed over threads
+  float* inner;   // [STRETCHES, G, g], zeros, to be summed over the first
   float* outer;   // [R]
   float* low;     // [R, G]
   float* high;    // [R, G]
@@ -221,79 +221,75 @@ extern "C" void plquant_quantize_backward(const Weight* weight, const void* out,
   const int64_t count = w.rows * w.per_row, width = w.per_row * w.size;
 #pragma omp parallel num_threads(w.threads)
   {
-    std::vector<float> memory(4 * w.size), sums(g.inner ? width : 0);
+    std::vector<float> memory(4 * w.size);
     float *values = memory.data(), *steps = values + w.size, *grad = steps + w.size, *passed = grad + w.size;
+    const int64_t length = (w.rows + STRETCHES - 1) / STRETCHES;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < w.rows; row++) {
-      float g_outer = 0;
-      for (int64_t group = 0; group < w.per_row; group++) {
-        const int64_t at = row * w.per_row + group;
-        float all[6];
-        for (int64_t i = 0; i < 6; i++) all[i] = w.ranges[i * count + at];
-        const Range r{all[0], all[1], all[2], all[3], all[4], all[5]};
-        read(out, at * w.size, out_dtype, w.size, grad);
-        product(w, row, group, values);
-        rounded(w.nudge ? w.nudge + at * w.size : nullptr, w.size, r.scale, values, steps);
-        const Ends ends = straight_through(w, r, values, steps, grad, passed);
-        if (g.low) g.low[at] = ends.lo * r.low, g.high[at] = ends.hi * r.high;
-        if (g.nudge) {
-          float* nudge = g.nudge + at * w.size;
+    for (int64_t stretch = 0; stretch < STRETCHES; stretch++) {
+      const int64_t stop = std::min(w.rows, (stretch + 1) * length);
+      for (int64_t row = stretch * length; row < stop; row++) {
+        float g_outer = 0;
+        for (int64_t group = 0; group < w.per_row; group++) {
+          const int64_t at = row * w.per_row + group;
+          float all[6];
+          for (int64_t i = 0; i < 6; i++) all[i] = w.ranges[i * count + at];
+          const Range r{all[0], all[1], all[2], all[3], all[4], all[5]};
+          read(out, at * w.size, out_dtype, w.size, grad);
+          product(w, row, group, values);
+          rounded(w.nudge ? w.nudge + at * w.size : nullptr, w.size, r.scale, values, steps);
+          const Ends ends = straight_through(w, r, values, steps, grad, passed);
+          if (g.low) g.low[at] = ends.lo * r.low, g.high[at] = ends.hi * r.high;
+          if (g.nudge) {
+            float* nudge = g.nudge + at * w.size;
 #pragma omp simd
-          for (int64_t i = 0; i < w.size; i++) nudge[i] = passed[i] * r.scale;
-        }
-        if (!g.groups && !g.inner && !g.outer) continue;
+            for (int64_t i = 0; i < w.size; i++) nudge[i] = passed[i] * r.scale;
+          }
+          if (!g.groups && !g.inner && !g.outer) continue;
 
-        // The gradient of a range is added to that of the weights which are its ends, in equal parts.
-        int32_t lows = 0, highs = 0;
+          // The gradient of a range is added to that of the weights which are its ends, in equal parts.
+          int32_t lows = 0, highs = 0;
 #pragma omp simd reduction(+ : lows, highs)
-        for (int64_t i = 0; i < w.size; i++) {
-          lows += values[i] == r.low;
-          highs += values[i] == r.high;
-        }
-        const float low = ends.lo * r.lo / (lows ? lows : 1), high = ends.hi * r.hi / (highs ? highs : 1);
-        if (g.inner || g.outer) {
-          float sum = 0;
+          for (int64_t i = 0; i < w.size; i++) {
+            lows += values[i] == r.low;
+            highs += values[i] == r.high;
+          }
+          const float low = ends.lo * r.lo / (lows ? lows : 1), high = ends.hi * r.hi / (highs ? highs : 1);
+          if (g.inner || g.outer) {
+            float sum = 0;
 #pragma omp simd reduction(+ : sum)
-          for (int64_t i = 0; i < w.size; i++) {
-            steps[i] = passed[i] * values[i] + (values[i] == r.low ? low : 0) + (values[i] == r.high ? high : 0);
-            sum += steps[i];
+            for (int64_t i = 0; i < w.size; i++) {
+              steps[i] = passed[i] * values[i] + (values[i] == r.low ? low : 0) + (values[i] == r.high ? high : 0);
+              sum += steps[i];
+            }
+            g_outer += sum;
           }
-          g_outer += sum;
+          if (g.inner) {
+            float* into = g.inner + stretch * width + group * w.size;
+#pragma omp simd
+            for (int64_t i = 0; i < w.size; i++) into[i] += steps[i];
+          }
+          if (g.groups) {
+            const float at_low = r.low == 0 ? 0 : low / r.low, at_high = r.high == 0 ? 0 : high / r.high;
+            const float outer = w.outer ? w.outer[row] : 1;
+#pragma omp simd
+            for (int64_t i = 0; i < w.size; i++) {
+              const float at_ends = (values[i] == r.low ? at_low : 0) + (values[i] == r.high ? at_high : 0);
+              steps[i] = passed[i] + at_ends;
+            }
+            if (w.inner) {
+              const float* inner = w.inner + group * w.size;
+#pragma omp simd
+              for (int64_t i = 0; i < w.size; i++) steps[i] *= inner[i];
+            }
+            if (w.outer) {
+#pragma omp simd
+              for (int64_t i = 0; i < w.size; i++) steps[i] *= outer;
+            }
+            write(steps, g.groups, at * w.size, w.dtype, w.size);
+          }
         }
-        if (g.inner) {
-          float* into = sums.data() + group * w.size;
-#pragma omp simd
-          for (int64_t i = 0; i < w.size; i++) into[i] += steps[i];
-        }
-        if (g.groups) {
-          const float at_low = r.low == 0 ? 0 : low / r.low, at_high = r.high == 0 ? 0 : high / r.high;
-          const float outer = w.outer ? w.outer[row] : 1;
-#pragma omp simd
-          for (int64_t i = 0; i < w.size; i++) {
-            const float at_ends = (values[i] == r.low ? at_low : 0) + (values[i] == r.high ? at_high : 0);
-            steps[i] = passed[i] + at_ends;
-          }
-          if (w.inner) {
-            const float* inner = w.inner + group * w.size;
-#pragma omp simd
-            for (int64_t i = 0; i < w.size; i++) steps[i] *= inner[i];
-          }
-          if (w.outer) {
-#pragma omp simd
-            for (int64_t i = 0; i < w.size; i++) steps[i] *= outer;
-          }
-          write(steps, g.groups, at * w.size, w.dtype, w.size);
-        }
+        if (g.outer) g.outer[row] = g_outer;
       }
-      if (g.outer) g.outer[row] = g_outer;
-    }
-    if (g.inner) {
-#ifdef _OPENMP
-      const int64_t thread = omp_get_thread_num();
-#else
-      const int64_t thread = 0;
-#endif
-      memcpy(g.inner + thread * width, sums.data(), width * sizeof(float));
     }
   }
 }
