@@ -111,7 +111,7 @@ def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> d
         structure.activations,
         structure.attention,
         structure.online,
-        rewritten=any(isinstance(module, Experts) for module in lm.modules()),
+        rewritten=any(isinstance(m, Experts) or getattr(m, "clip", None) is not None for m in lm.modules()),
     )
 
 

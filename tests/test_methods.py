@@ -16,6 +16,7 @@ import plquant as pq
 from plquant import ActivationGrid
 from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.packed_linear import PackedLinear
+from plquant.parts.activation_clipping import ActivationClipping
 from plquant.parts.affine import Affine
 from plquant.parts.axis import AxisChoice
 from plquant.parts.clipping import LWC
@@ -68,6 +69,7 @@ QUANTIZED_ACTIVATIONS: dict[str, Make] = {
     ),
     "Light": pq.methods.Light,
     "Best": pq.methods.Best,
+    "clipped activations": partial(pq.methods.Composed, parts=[LWC, ActivationClipping, GPTQRounding]),
     "matrices, GPTQ": partial(pq.methods.Composed, parts=[LET, partial(Affine, online="kronecker"), LWC, GPTQRounding]),
 }
 
@@ -115,6 +117,21 @@ def test_methods_with_quantized_activations(name: str, checkpoint: Path, tmp_pat
                 module.enabled = False
         assert not torch.equal(loaded(IDS).logits, logits)
     assert all(m.inputs is not None for m in loaded.modules() if isinstance(m, PackedLinear))
+
+
+def test_clipped_ranges_of_activations_need_plquant(checkpoint: Path, tmp_path: Path) -> None:
+    """Stock transformers would run W4A8 without attention, but not clip."""
+    linears = ActivationGrid(8, kv=None)
+    report, _ = calibrate(
+        checkpoint, tmp_path / "plain", partial(pq.methods.Composed, parts=[LWC]), activations=linears
+    )
+    make = partial(pq.methods.Composed, parts=[LWC, ActivationClipping])
+    clipped, _ = calibrate(checkpoint, tmp_path / "clipped", make, activations=linears)
+    assert not clipped.opens_in_stock
+    assert clipped.cost is not None and report.cost is not None
+    assert clipped.cost.effective_bits > report.cost.effective_bits
+    with pytest.raises(ValueError, match="needs plquant"):
+        stock(tmp_path / "clipped")
 
 
 @pytest.mark.parametrize(

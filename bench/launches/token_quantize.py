@@ -24,6 +24,7 @@ def cases(target: str) -> Iterator[Case]:
         signature |= {
             "sources_ptr": "*i32:16",
             "offset_ptr": "*fp32:16",
+            "clip_ptr": "*fp32:16",
             "codes_ptr": "*i8:16",
             "scale_ptr": "*fp32:16",
         }
@@ -32,7 +33,7 @@ def cases(target: str) -> Iterator[Case]:
             name=f"token quantize{name}",
             kernel=code.token_quantize_kernel,
             signature=signature | {size: "i32:16" for size in ("stride_x", "width", "width_out")},
-            constants=options | {"NORM": norm, "OFFSET": False},
+            constants=options | {"NORM": norm, "OFFSET": False, "CLIP": False},
             options={"num_warps": warps, "num_stages": 1},
             weights=WIDTH,
             weight_bytes=2 * WIDTH,

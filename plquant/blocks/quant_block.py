@@ -255,7 +255,7 @@ class QuantBlock(nn.Module):
         linear = self.linears[name]
         bias = linear.transformed_bias(torch.float64)
         packed = PackedLinear(weight, None if bias is None else bias.to(linear.weight.dtype))
-        packed.inputs = linear.inputs
+        packed.inputs = None if linear.inputs is None else linear.inputs.folded()
         attach_online_(packed, _operations(linear.online, linear.weight.dtype))
         self.layers.set_submodule(name, packed)
 

@@ -46,8 +46,8 @@ def quantization_config(
         activations: Grid of the activations.
         attention: Names of the attention modules that are quantized inside.
         online: Name of every module with run-time operations -> what they are, as JSON.
-        rewritten: The model's modules are not those of transformers (experts, which it stores fused). It would look for
-            other tensors than there are, and go on with random ones.
+        rewritten: The model's modules are not those of transformers (experts, which it stores fused; clipped ranges of
+            activations, which it has none of). It would look for other tensors than there are, and go on without.
     """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 

@@ -400,8 +400,8 @@ extern "C" void plquant_dequantize(const Weight* weight, int64_t begin, int64_t 
 // Rows quantized each in its own range, as quant/token_quantize.py does, to the last bit: scales [M] and steps
 // (code - zero_point), fp32 [M, K], or signed codes, int8 [M, K], with their zero-points and sums, int32 [M].
 extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, int64_t k, int32_t bits,
-                                      int32_t symmetric, const float* offset, float* steps, float* scales,
-                                      int8_t* codes, int32_t* zeros, int32_t* sums) {
+                                      int32_t symmetric, const float* offset, const float* clip, float* steps,
+                                      float* scales, int8_t* codes, int32_t* zeros, int32_t* sums) {
   float qmin = symmetric ? -(float)(1 << (bits - 1)) : 0, qmax = qmin + (float)((1 << bits) - 1);
   for (int64_t i = 0; i < m; i++) {
     __m512 low = _mm512_setzero_ps(), high = low;
@@ -410,6 +410,7 @@ extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, i
       low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
     }
     float lo = _mm512_reduce_min_ps(low), hi = _mm512_reduce_max_ps(high), zero = 0;
+    if (clip) lo *= clip[0], hi *= clip[1];
     float scale = symmetric ? std::max(hi / qmax, lo / qmin) : (hi - lo) / (qmax - qmin);
     scale = std::max(scale, 1.17549435e-38f);
     if (!symmetric) zero = std::min(std::max(std::nearbyint(-lo / scale), qmin), qmax);

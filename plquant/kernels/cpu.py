@@ -32,7 +32,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape) -> Tens
 
 
 def quantized_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, bits: int, symmetric: bool, offset: Tensor | None
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    shape: Shape,
+    bits: int,
+    symmetric: bool,
+    offset: Tensor | None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """``linear`` of the activations quantized row by row; their steps are integers below 256, exact in bf16."""
     if not shape.along_out and shape.group_size <= MOST_INTEGER_INPUTS:
@@ -40,8 +47,8 @@ def quantized_linear(
         few = len(x) <= (FEW_BESIDE_AMX if tiled else native.MOST_ROWS)
         if few or tiled:
             product = native.few_integer_rows if few else native.many_rows
-            return product(native.row_codes(x, bits, symmetric, offset), weight, shape, bias, x.dtype)
-    steps, scale = native.quantize_rows(x, bits, symmetric, offset)
+            return product(native.row_codes(x, bits, symmetric, offset, clip), weight, shape, bias, x.dtype)
+    steps, scale = native.quantize_rows(x, bits, symmetric, offset, clip)
     parts, tiled = native.PARTS[x.dtype], x.dtype == torch.bfloat16 and native.amx()
     if len(x) * parts <= (FEW_BESIDE_AMX if tiled else native.MOST_ROWS):
         return native.few_rows(steps, weight, shape, bias, x.dtype, parts, scale)

@@ -31,10 +31,16 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 
 def quantized_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, bits: int, symmetric: bool, offset: Tensor | None
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    offset: Tensor | None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """``linear`` of the activations quantized row by row."""
-    tokens = quantize_tokens(x.to(weight.scale.dtype), bits, symmetric, offset)
+    tokens = quantize_tokens(x.to(weight.scale.dtype), bits, symmetric, offset, clip)
     return linear(_values(tokens).to(x.dtype), weight, bias)
 
 
@@ -46,9 +52,10 @@ def integer_linear(
     bits: int,
     symmetric: bool,
     offset: Tensor | None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """``quantized_linear`` as a product of integers; ``dtype`` is that of the model: fp16 or bf16."""
-    tokens = quantize_tokens(x.to(dtype), bits, symmetric, offset)
+    tokens = quantize_tokens(x.to(dtype), bits, symmetric, offset, clip)
     return _finished(int_gemm.linear(tokens, weight, x.dtype), x, bias)
 
 

@@ -84,12 +84,14 @@ def dequantize(weight: Weight, shape: Shape, tiles: slice, out: Tensor) -> None:
     )
 
 
-def quantize_rows(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, bits: int, symmetric: bool, offset: Tensor | None, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Steps ``code - zero_point``, fp32 [M, K], and scales, fp32 [M], of rows [M, K], contiguous."""
     steps, scales = torch.empty_like(x, dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
     _library().plquant_quantize_rows(
         *[x.data_ptr(), DTYPES[x.dtype], *x.shape, bits, symmetric],
-        *[_pointer(offset), steps.data_ptr(), scales.data_ptr(), None, None, None],
+        *[_pointer(offset), _pointer(clip), steps.data_ptr(), scales.data_ptr(), None, None, None],
     )
     return steps, scales
 
@@ -110,13 +112,13 @@ class Codes(NamedTuple):
     sums: Tensor
 
 
-def row_codes(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None) -> Codes:
+def row_codes(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None, clip: Tensor | None = None) -> Codes:
     """The codes behind ``quantize_rows``."""
     zero_point, sums = x.new_empty(2, x.shape[0], dtype=torch.int32)
     found = Codes(torch.empty_like(x, dtype=torch.int8), torch.empty_like(sums, dtype=torch.float32), zero_point, sums)
     _library().plquant_quantize_rows(
         *[x.data_ptr(), DTYPES[x.dtype], *x.shape, bits, symmetric],
-        *[_pointer(offset), None, found.scale.data_ptr(), found.codes.data_ptr()],
+        *[_pointer(offset), _pointer(clip), None, found.scale.data_ptr(), found.codes.data_ptr()],
         *[zero_point.data_ptr(), sums.data_ptr()],
     )
     return found
@@ -195,7 +197,7 @@ def _library() -> ctypes.CDLL:
     weight, pointer, wide, narrow = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     few: list[Any] = [weight, pointer, narrow, narrow, wide, pointer, pointer, pointer, narrow]
     many: list[Any] = [weight, wide, wide, wide, pointer, narrow]
-    rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, *[pointer] * 6]
+    rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, *[pointer] * 7]
     integers: list[Any] = [weight, pointer, wide, *[pointer] * 4, narrow]
     found.plquant_few_rows.argtypes = few
     found.plquant_dequantize.argtypes = many

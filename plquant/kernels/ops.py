@@ -9,6 +9,7 @@ All take activations [..., K] of fp32, bf16 or fp16, and a weight in one of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -22,7 +23,7 @@ _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias"
 _FRAGMENTS = "Tensor codes, Tensor? high, Tensor scale, Tensor? zero_point, Tensor? bias"
 _INTEGERS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor sums, Tensor? bias"
 _SHAPE = "int out_features, int in_features, int bits, int group_size, bool along_out"
-_INPUTS = "int x_bits, bool x_symmetric, Tensor? x_offset"
+_INPUTS = "int x_bits, bool x_symmetric, Tensor? x_offset, Tensor? x_clip=None"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 MOST_INTEGER_INPUTS = ((1 << 31) - 1) // 255**2  # whose sum of products fits 32 bits, whatever the codes
@@ -51,26 +52,33 @@ def _sizes(shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return codes, (shape.groups, shape.padded_in if shape.along_out else shape.padded_out)
 
 
-def _check(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, offset: Tensor | None = None) -> None:
+def _check(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, inputs: Sequence[Any] = ()) -> None:
     """Every argument fits the others."""
     codes, groups = _sizes(shape)
-    _check_others(x, bias, shape, offset)
+    _check_others(x, bias, shape, inputs)
     _check_tensor(x, "codes", weight.codes, (torch.int16,), codes)
     _check_tensor(x, "scale", weight.scale, _DTYPES, groups)
     if weight.zero_point is not None:
         _check_tensor(x, "zero_point", weight.zero_point, (torch.uint8,), groups)
 
 
-def _check_others(x: Tensor, bias: Tensor | None, shape: Shape, offset: Tensor | None) -> None:
-    """What is no part of the weight."""
+def _check_others(x: Tensor, bias: Tensor | None, shape: Shape, inputs: Sequence[Any]) -> None:
+    """What is no part of the weight; ``inputs`` are as ``run_time.Inputs``, or none."""
     if x.dtype not in _DTYPES:
         _expect(False, "x", "float32, bfloat16 or float16", x.dtype)
     if x.ndim == 0 or x.shape[-1] != shape.in_features:
         _expect(False, "x", f"of shape [..., {shape.in_features}]", list(x.shape))
     if bias is not None:
         _check_tensor(x, "bias", bias, (x.dtype,), (shape.out_features,))
+    if not inputs:
+        return
+    bits, _, offset, clip = (*inputs, None)[:4]  # a default is not passed on
+    if not 2 <= bits <= 8:
+        _expect(False, "x_bits", "2 to 8", bits)
     if offset is not None:
         _check_tensor(x, "x_offset", offset, (torch.float32,), (shape.in_features,))
+    if clip is not None:
+        _check_tensor(x, "x_clip", clip, (torch.float32,), (2,))
 
 
 def _check_tensor(x: Tensor, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], size: tuple[int, ...]) -> None:
@@ -103,8 +111,7 @@ def _quantized_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, *sizes: Any
 ) -> Tensor:
     weight, shape, inputs = Weight(codes, scale, zero_point), Shape(*sizes[:5]), sizes[5:]
-    _expect(2 <= inputs[0] <= 8, "x_bits", "2 to 8", inputs[0])
-    _check(x, weight, bias, shape, inputs[2])
+    _check(x, weight, bias, shape, inputs)
     if x.numel() == 0:
         return reference.linear(x, weight, bias, shape)
     if _has_kernels(x.device):
@@ -117,7 +124,7 @@ def _fake(
     x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     shape = Shape(*rest[:5])
-    _check(x, Weight(codes, scale, zero_point), bias, shape, rest[7] if len(rest) > 5 else None)
+    _check(x, Weight(codes, scale, zero_point), bias, shape, rest[5:])
     return x.new_empty(*x.shape[:-1], shape.out_features)
 
 
@@ -133,7 +140,7 @@ def _fragments(
 ) -> layout.PackedWeight:
     """The weight of these arguments, checked."""
     shape, gain, inputs = Shape(*rest[:5]), rest[5], rest[6:]
-    _check_others(x, bias, shape, inputs[2] if inputs else None)
+    _check_others(x, bias, shape, inputs)
     axis = layout.axis_name(shape.along_out)
     problem = layout.why_not((shape.out_features, shape.in_features), shape.bits, shape.group_size, axis)
     if problem is not None:
@@ -193,9 +200,8 @@ def _check_integers(
     *rest: Any,
 ) -> Shape:
     shape, dtype, inputs = Shape(*rest[:5]), rest[5], rest[6:]
-    _check_others(x, bias, shape, inputs[2])
+    _check_others(x, bias, shape, inputs)
     _expect(dtype in _HALVES, "dtype", "bfloat16 or float16", dtype)
-    _expect(2 <= inputs[0] <= 8, "x_bits", "2 to 8", inputs[0])
     whole = not shape.along_out and shape.groups == 1
     _expect(whole, "group_size", f"{shape.in_features}, one scale per output", shape.group_size)
     padded = -(-shape.in_features // 128) * 128

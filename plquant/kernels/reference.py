@@ -22,7 +22,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape) -> Tens
     return F.linear(x, dequantize(weight, shape).to(x.dtype), bias)
 
 
-def quantize_rows(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, bits: int, symmetric: bool, offset: Tensor | None, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Every row on the grid of its own range, which includes zero.
 
     Args:
@@ -30,12 +32,15 @@ def quantize_rows(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None) 
         bits: Width of a code.
         symmetric: No zero-point.
         offset: fp32 [K], added before rounding, or ``None``.
+        clip: fp32 [2], share of the lower and of the upper end of every range that is kept, or ``None``.
 
     Returns:
         Steps ``code - zero_point``, fp32 [..., K], and scale, fp32 [..., 1].
     """
     x = x.float()
     lo, hi = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    if clip is not None:
+        lo, hi = lo * clip[0], hi * clip[1]
     qmin = -(1 << (bits - 1)) if symmetric else 0
     qmax = qmin + (1 << bits) - 1
     scale = torch.maximum(hi / qmax, lo / qmin) if symmetric else (hi - lo) / (qmax - qmin)
@@ -46,10 +51,17 @@ def quantize_rows(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None) 
 
 
 def quantized_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, bits: int, symmetric: bool, offset: Tensor | None
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    shape: Shape,
+    bits: int,
+    symmetric: bool,
+    offset: Tensor | None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """``linear`` of the activations quantized row by row."""
-    steps, scale = quantize_rows(x, bits, symmetric, offset)
+    steps, scale = quantize_rows(x, bits, symmetric, offset, clip)
     return linear((steps * scale).to(x.dtype), weight, bias, shape)
 
 

@@ -45,11 +45,13 @@ class Inputs(NamedTuple):
         bits: Width of a code.
         symmetric: No zero-point.
         offset: fp32 [K], added before rounding, or ``None``.
+        clip: fp32 [2], share of the lower and of the upper end of every range that is kept, or ``None`` for all.
     """
 
     bits: int
     symmetric: bool
     offset: Tensor | None
+    clip: Tensor | None = None
 
 
 @dataclass(frozen=True)

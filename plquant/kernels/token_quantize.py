@@ -65,6 +65,7 @@ def quantize_tokens(
     bits: int,
     symmetric: bool = False,
     offset: Tensor | None = None,
+    clip: Tensor | None = None,
     *,
     norm: Norm | None = None,
     gather: Tensor | None = None,
@@ -77,6 +78,7 @@ def quantize_tokens(
         bits: Width of a code, 2 to 8.
         symmetric: No zero-point.
         offset: fp32 [K'], added to x / scale before rounding.
+        clip: fp32 [2], share of the lower and of the upper end of every row's range that is kept.
         norm: RMSNorm, as modules compute it: x / rms rounded to the dtype of x, then times the gain.
         gather: int32 [T, K'], of ``sources``; sums are rounded once.
         hadamard: Order of the Hadamard matrix over sqrt(order) that blocks of channels are multiplied with: 16, 32, 64
@@ -106,13 +108,18 @@ def quantize_tokens(
     gain = x if norm is None else norm.gain
     table = result.sums if gather is None else gather
     shift = result.scale if offset is None else offset
+    shares = result.scale if clip is None else clip
     zero = result.sums if result.zero_point is None else result.zero_point
     outputs = (result.codes, result.scale, zero, result.sums)
     sizes = (x.stride(0), width, width_out, 0.0 if norm is None else norm.eps)
     options = constants(bits, symmetric, width, width_out, 0 if gather is None else len(gather), hadamard)
     with torch.cuda.device_of(x):  # triton launches on the current device
         token_quantize_kernel[(rows,)](
-            x, gain, table, shift, *outputs, *sizes, NORM=norm is not None, OFFSET=offset is not None, **options
+            *(x, gain, table, shift, shares, *outputs, *sizes),
+            NORM=norm is not None,
+            OFFSET=offset is not None,
+            CLIP=clip is not None,
+            **options,
         )
     return result
 

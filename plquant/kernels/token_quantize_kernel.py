@@ -66,6 +66,7 @@ def token_quantize_kernel(
     gain_ptr,
     sources_ptr,
     offset_ptr,
+    clip_ptr,
     codes_ptr,
     scale_ptr,
     zero_ptr,
@@ -77,6 +78,7 @@ def token_quantize_kernel(
     NORM: tl.constexpr,
     SOURCES: tl.constexpr,
     OFFSET: tl.constexpr,
+    CLIP: tl.constexpr,
     HADAMARD: tl.constexpr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
@@ -117,6 +119,9 @@ def token_quantize_kernel(
         shift = tl.load(offset_ptr + k, mask=inside, other=0.0)
     low = tl.min(y, 0, keep_dims=True)  # zero beyond the width: the range has a zero anyway
     high = tl.max(y, 0, keep_dims=True)
+    if CLIP:
+        low *= tl.load(clip_ptr)
+        high *= tl.load(clip_ptr + 1)
     codes, scale, zero = choose_codes(y, low, high, shift, OFFSET, QMIN, QMAX, SYMMETRIC)
     tl.store(codes_ptr + row.to(tl.int64) * width_out + k, codes.to(tl.int8), mask=inside)
     one = tl.arange(0, 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from plquant.quant.clipping import LearnedShares
 from plquant.quant.token_quantize import TokenCodes, quantize_tokens, token_codes
 
 
@@ -14,22 +16,44 @@ class ActivationQuantizer(nn.Module):
         bits: Width of a code, 2 to 8.
         symmetric: No zero-point.
         offset: fp32 [K]: what the copies of a split channel add before rounding; ``None`` if no channel is split.
+        clip: fp32 [2], share of the lower and of the upper end of every range that is kept; ``None`` for all of it.
+
+    Attributes:
+        learned: The shares while they are learned, in place of ``clip``; or ``None``.
     """
 
     offset: Tensor | None
+    clip: Tensor | None
 
-    def __init__(self, bits: int, symmetric: bool = False, offset: Tensor | None = None) -> None:
+    def __init__(
+        self, bits: int, symmetric: bool = False, offset: Tensor | None = None, clip: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.bits, self.symmetric = bits, symmetric
         self.register_buffer("offset", offset)
+        self.register_buffer("clip", clip)
+        self.learned: LearnedShares | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., K], of the same dtype."""
-        return quantize_tokens(x, self.bits, self.symmetric, self.offset)
+        return quantize_tokens(x, self.bits, self.symmetric, self.offset, self.shares())
 
     def codes(self, x: Tensor) -> TokenCodes:
         """The integers behind ``forward``, as integer kernels take them."""
-        return token_codes(x, self.bits, self.symmetric, self.offset)
+        return token_codes(x, self.bits, self.symmetric, self.offset, self.shares())
+
+    def shares(self) -> tuple[Tensor, Tensor] | None:
+        """Of the two ends, fp32 scalars; ``None`` where the whole range is kept."""
+        if self.learned is not None:
+            return self.learned()
+        return None if self.clip is None else (self.clip[0], self.clip[1])
+
+    @torch.no_grad()
+    def folded(self) -> ActivationQuantizer:
+        """The same with nothing that is learned."""
+        shares = self.shares()
+        clip = None if shares is None else torch.stack(shares)
+        return ActivationQuantizer(self.bits, self.symmetric, self.offset, clip)
 
     def extra_repr(self) -> str:
         """Width and kind, for ``print(model)``."""

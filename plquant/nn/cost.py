@@ -37,8 +37,8 @@ class Cost:
         for attention in (m for m in model.modules() if isinstance(m, AttentionQuantizer)):
             if isinstance(attention.online, Online):  # done to every head, and counted for one so far
                 macs += (attention.heads - 1) * sum(op.macs_per_token for op in attention.online)
-        offsets = [m.inputs.offset for m in packed.values() if m.inputs is not None and m.inputs.offset is not None]
-        other = sum(op.stored_bits for op in ops) + sum(8 * offset.nbytes for offset in offsets)
+        of_inputs = [buffer for m in packed.values() if m.inputs is not None for buffer in m.inputs.buffers()]
+        other = sum(op.stored_bits for op in ops) + sum(8 * buffer.nbytes for buffer in of_inputs)
         shapes = {name: (m.out_features, m.in_features) for name, m in packed.items()}
         dtype = next(iter(packed.values())).scale_dtype
         return cls(

@@ -74,6 +74,8 @@ class FakeQuantLinear(nn.Module):
     def forget_corrections(self) -> None:
         """Round to nearest, over the full range; transforms stay, others count on them."""
         self.clip, self.nudge, self.corrections, self._settled = None, None, Corrections(), None
+        if self.inputs is not None:
+            self.inputs.learned = None
 
     @torch.no_grad()
     def settle(self) -> None:

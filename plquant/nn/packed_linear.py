@@ -124,7 +124,8 @@ class PackedLinear(nn.Module):
             return F.linear(x, self.quantized().dequantize().to(x.dtype), bias)
         inputs = None
         if self.inputs is not None:
-            inputs = run_time.Inputs(self.inputs.bits, self.inputs.symmetric, self.inputs.offset)
+            quantizer = self.inputs
+            inputs = run_time.Inputs(quantizer.bits, quantizer.symmetric, quantizer.offset, quantizer.clip)
         return self.prepared.linear(x, self._tensors(), bias, inputs)
 
     def _tensors(self) -> run_time.Tensors:

@@ -78,7 +78,7 @@ class PackedStructure:
 
         Args:
             model: The original model or block, its linears on the grid of the calibration or not.
-            tensors: Names of the tensors that will be loaded, which tell whether an input quantizer has offsets.
+            tensors: Names of the tensors that will be loaded, which tell whether input quantizers have offsets or clip.
         """
         if self.activations is not None:
             quantize_attention_(model, self.attention, self.activations)
@@ -99,7 +99,8 @@ class PackedStructure:
             return None
         device = linear.weight_packed.device
         offset = torch.empty(linear.in_features, device=device) if f"{name}.offset" in tensors else None
-        return ActivationQuantizer(self.activations.bits, self.activations.symmetric, offset)
+        clip = torch.empty(2, device=device) if f"{name}.clip" in tensors else None
+        return ActivationQuantizer(self.activations.bits, self.activations.symmetric, offset, clip)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ LEGAL_ORDER = (
     "reassembly",
     "low rank",
     "clipping",
+    "activation clipping",
     "axis",
     "rounding",
 )

@@ -12,7 +12,6 @@ from torchmetrics import Metric, MetricCollection
 
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.sites import Site
-from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.fixed_delta import FixedDelta
 from plquant.parts.affine import Affine
@@ -203,7 +202,8 @@ class SiteMoments(Metric):
     def __init__(self, linear: FakeQuantLinear, plan: ReassemblyPlan) -> None:
         super().__init__()
         assert linear.inputs is not None
-        self.quantize = ActivationQuantizer(linear.inputs.bits, linear.inputs.symmetric, plan.offset)
+        self.quantize = linear.inputs.folded()
+        self.quantize.offset = plan.offset
         self.reassembly = ChannelReassembly(plan)
         for name in ("cross", "second"):
             self.add_state(name, torch.zeros(plan.channels, plan.width), dist_reduce_fx="sum")

@@ -1,6 +1,8 @@
-"""How much of the range of each group is kept; LWC learns it (OmniQuant, arXiv 2308.13137, section 3.2)."""
+"""How much of a range is kept: of the groups of a weight (OmniQuant, arXiv 2308.13137), of the rows of activations."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ class Clipping(nn.Module):
     """Shares of the range: ``hi = high max(w)``, ``lo = low min(w)``."""
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Share of the lower and of the upper end that is kept, each fp32 [R, G, 1] in (0, 1]."""
+        """Share of the lower and of the upper end that is kept, each fp32 in (0, 1]: [R, G, 1] for a weight."""
         raise NotImplementedError
 
 
@@ -37,21 +39,18 @@ class FixedClipping(Clipping):
         return self.low, self.high
 
 
-class LearnedClipping(Clipping):
+class LearnedShares(Clipping):
     """Learned shares, ``sigmoid(beta)`` of the lower and ``sigmoid(gamma)`` of the upper end.
 
     Args:
-        shape: Shape of the weight, [O, I].
-        grid: Its grid; one pair of strengths per group.
+        shape: Of each; ``()`` for one range.
         init: Starting logit; the papers' 4.0 keeps 98.2% of the range.
     """
 
-    def __init__(self, shape: torch.Size, grid: IntGrid, init: float = 4.0) -> None:
+    def __init__(self, shape: Sequence[int], init: float = 4.0) -> None:
         super().__init__()
-        width = grid.grouped_width(shape)
-        rows, groups = shape.numel() // width, width // grid.size(width)
-        self.gamma = nn.Parameter(torch.full((rows, groups, 1), init, dtype=torch.float32))
-        self.beta = nn.Parameter(torch.full((rows, groups, 1), init, dtype=torch.float32))
+        self.gamma = nn.Parameter(torch.full(tuple(shape), init, dtype=torch.float32))
+        self.beta = nn.Parameter(torch.full(tuple(shape), init, dtype=torch.float32))
 
     @torch.no_grad()
     def set_(self, low: Tensor, high: Tensor) -> None:
@@ -62,3 +61,17 @@ class LearnedClipping(Clipping):
     def forward(self) -> tuple[Tensor, Tensor]:
         """Sigmoids of the strengths."""
         return self.beta.sigmoid(), self.gamma.sigmoid()
+
+
+class LearnedClipping(LearnedShares):
+    """``LearnedShares`` of the groups of a weight.
+
+    Args:
+        shape: Shape of the weight, [O, I].
+        grid: Its grid; one pair of strengths per group.
+        init: Starting logit.
+    """
+
+    def __init__(self, shape: torch.Size, grid: IntGrid, init: float = 4.0) -> None:
+        width = grid.grouped_width(shape)
+        super().__init__((shape.numel() // width, width // grid.size(width), 1), init)

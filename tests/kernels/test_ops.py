@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -78,12 +79,12 @@ def test_quantized_products_are_those_of_the_codes(
     bits: int, along_out: bool, symmetric: bool, dtype: torch.dtype
 ) -> None:
     weight, shape, _ = made(bits, along_out, 96, dtype, symmetric)
-    offset = torch.linspace(-0.4, 0.3, K)
+    offset, clip = torch.linspace(-0.4, 0.3, K), torch.tensor([0.6, 0.8])
     for m in (1, 5, 40):
         x, bias = activations(m, dtype)
-        steps, scale = reference.quantize_rows(x, bits, symmetric, offset)
+        steps, scale = reference.quantize_rows(x, bits, symmetric, offset, clip)
         expected = scale.double() * (steps.double() @ exact(weight, shape).t()) + bias.double()
-        output = ops.quantized_linear(x, *weight, bias, *shape, bits, symmetric, offset)
+        output = ops.quantized_linear(x, *weight, bias, *shape, bits, symmetric, offset, clip)
         rounds = m == 40 or (dtype == torch.bfloat16 and along_out)
         assert error(output, expected) < BOUND[dtype] * (2 if rounds else 1)
 
@@ -140,11 +141,11 @@ def test_integer_products_are_exact() -> None:
 def test_activations_get_the_steps_of_the_specification() -> None:
     x = torch.cat([torch.randn(30, K), torch.zeros(1, K), torch.rand(1, K), -torch.rand(1, K)])
     for bits in range(2, 9):
-        for symmetric in (False, True):
-            steps, scale = native.quantize_rows(x, bits, symmetric, None)
-            expected = reference.quantize_rows(x, bits, symmetric, None)
+        for symmetric, clip in itertools.product((False, True), (None, torch.tensor([0.5, 0.9]))):
+            steps, scale = native.quantize_rows(x, bits, symmetric, None, clip)
+            expected = reference.quantize_rows(x, bits, symmetric, None, clip)
             assert torch.equal(steps, expected[0]) and torch.equal(scale[:, None], expected[1])
-            codes = native.row_codes(x, bits, symmetric, None)
+            codes = native.row_codes(x, bits, symmetric, None, clip)
             assert torch.equal((codes.codes - codes.zero_point[:, None]).float(), steps)
             assert torch.equal(codes.sums, codes.codes.sum(1, dtype=torch.int32)) and torch.equal(codes.scale, scale)
 

@@ -43,7 +43,7 @@ def made(grid: IntGrid, x_bits: int | None, dtype: torch.dtype, shape: tuple[int
     )
     if x_bits is not None:
         offset = torch.linspace(-0.4, 0.3, shape[1])
-        linear.inputs = ActivationQuantizer(x_bits, grid.symmetric, offset)
+        linear.inputs = ActivationQuantizer(x_bits, grid.symmetric, offset, torch.tensor([0.7, 0.85]))
     return linear
 
 

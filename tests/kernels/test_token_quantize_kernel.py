@@ -18,9 +18,16 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return x.to(dtype)
 
 
-def same(found: QuantizedTokens, x: Tensor, bits: int, symmetric: bool, offset: Tensor | None = None) -> None:
+def same(
+    found: QuantizedTokens,
+    x: Tensor,
+    bits: int,
+    symmetric: bool,
+    offset: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> None:
     """The codes of the reference on x, moved down where they are unsigned."""
-    expected = token_codes(x, bits, symmetric, offset)
+    expected = token_codes(x, bits, symmetric, offset, None if clip is None else (clip[0], clip[1]))
     middle = 0 if symmetric else 1 << (bits - 1)
     assert torch.equal(found.codes, (expected.codes.short() - middle).to(torch.int8))
     assert torch.equal(found.scale, expected.scale[:, 0])
@@ -41,6 +48,8 @@ def test_codes(bits: int, symmetric: bool) -> None:
     x = random(9, 64)
     offset = torch.rand(64) - 0.5
     same(quantize_tokens(x, bits, symmetric, offset), x, bits, symmetric, offset)
+    clip = torch.tensor([0.5, 0.8])
+    same(quantize_tokens(x, bits, symmetric, offset, clip), x, bits, symmetric, offset, clip)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
