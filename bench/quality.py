@@ -52,6 +52,8 @@ COMPOSED: dict[str, dict[str, str]] = {
         "OmniQuant + reassembly": "LET, Reassembly, LWC",
         "OmniQuant + QLLM": "LET, Reassembly, LowRank, LWC, GPTQRounding",
         "AffineQuant + QLLM": "LET, Affine, Reassembly, LowRank, LWC, GPTQRounding",
+        "Best clipped": "{class_path: LET, init_args: {lr: 1e-2}}, Rotation, {class_path: LWC, init_args: {lr: 3e-3}}, "
+        "ActivationClipping, LearnedRounding",
         "AffineQuant rotated": "{class_path: LET, init_args: {lr: 1e-2}}, "
         "{class_path: Rotation, init_args: {places: [queries]}}, "
         "{class_path: Affine, init_args: {lr: 1e-2, online: kronecker, start: rotation}}, LWC, GPTQRounding",
