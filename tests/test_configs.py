@@ -1,5 +1,7 @@
 """Every file in configs/ parses, what it says is what runs, and it runs."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,27 @@ from torch import nn
 import plquant as pq
 from plquant.blocks.quant_block import QuantBlock
 from plquant.cli import main
+from tests.families import byte_tokenizer, tiny_model
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FAMILIES = {"facebook/opt": "opt", "mistralai/Mixtral": "mixtral"}  # a config for others runs on a Llama
+
+
+@pytest.fixture(scope="module")
+def stand_in(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with a tiny model of the family that a config names."""
+
+    @cache
+    def saved(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("stand_in") / family
+        tiny_model(family, fused=True, vocab_size=258).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    def find(name: str) -> Path:
+        return next((saved(family) for start, family in FAMILIES.items() if name.startswith(start)), checkpoint)
+
+    return find
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -45,9 +66,10 @@ def test_values_of_the_file_are_used(path: Path, checkpoint: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_it_runs(path: Path, stand_in: Callable[[str], Path], tmp_path: Path) -> None:
     """One step for each block of a tiny model, with groups that its widths are multiples of."""
-    weights = yaml.safe_load(path.read_text())["model"]["weights"]
+    model = yaml.safe_load(path.read_text())["model"]
+    weights, checkpoint = model["weights"], stand_in(model["checkpoint"])
     group_size = ["--model.weights.group_size", "16"] if isinstance(weights["group_size"], int) else []
     data = ["--data", "BuiltinText", "--data.num_samples", "2", "--data.seq_len", "32", "--data.eval_seq_len", "32"]
     main(
@@ -66,6 +88,13 @@ def test_there_is_a_config_for_each_published_setting() -> None:
     assert {f"{method}_{width}" for method in ("omniquant", "affinequant") for width in widths} <= names
     assert {"omniquant_w4a4", "omniquant_w6a6", "affinequant_w4a4", "qllm_w4a4", "qllm_w4a8", "qllm_w6a6"} <= names
     assert {"omniquant_opt_w4a4", "omniquant_llama2_w4a4", "affinequant_llama2_w4a16g128"} <= names
+    opt = ["w2a16g128", "w3a16g128", "66b_w3a16", "w4a4", "w6a6"]
+    others = ["llama_30b_w4a4", "llama2_chat_w3a16g128", "falcon_180b_w3a16g512", "falcon_7b_w3a16g64"]
+    assert {f"omniquant_{name}" for name in (*others, "mixtral_w4a16g128", *(f"opt_{name}" for name in opt))} <= names
+    opt = ["125m_w2a16g128", "1.3b_w2a16g128", "13b_w2a16g128", "125m_w3a16g128", "1.3b_w3a16", "13b_w3a16g128"]
+    others = ["llama2_w4a4", "llama_30b_w4a4", "llama2_13b_w2a16g128"]
+    assert {f"affinequant_{name}" for name in (*others, *(f"opt_{name}" for name in opt))} <= names
+    assert {f"qllm_llama2_{width}" for width in ("w4a4", "w4a8", "w6a6")} <= names
     assert {f"adadim_{rounding}_w{bits}a16g128" for rounding in ("rtn", "gptq") for bits in (3, 4)} <= names
 
 

@@ -26,6 +26,7 @@ class OmniQuant(BlockModule):
             one it does not get far enough.
         alpha: The transformation starts at max|x|^alpha / max|w|^(1 - alpha) per channel, as in SmoothQuant;
             ``search`` tries several; ``null`` starts at the identity.
+        shift: Learn shifts where biases take them up; the paper does with quantized activations only.
         aug_loss: Also fit to what the full-precision block makes of the quantized input. One more activation stream.
     """
 
@@ -38,11 +39,12 @@ class OmniQuant(BlockModule):
         let_lr: float = 5e-3,
         schedule: Schedule = "cosine",
         alpha: float | Literal["search"] | None = 0.5,
+        shift: bool = True,
         aug_loss: bool = False,
     ) -> None:
         if not (lwc or let):
             raise ValueError("--model.method.lwc=false with --model.method.let=false leaves nothing to learn; use RTN")
-        parts: list[Part] = [LET(block, let_lr, alpha)] if let else []
+        parts: list[Part] = [LET(block, let_lr, alpha, shift)] if let else []
         parts += [LWC(block, lwc_lr)] if lwc else []
         super().__init__(block, parts, schedule, aug_loss)
         self.save_hyperparameters(ignore=["block"])

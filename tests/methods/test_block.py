@@ -338,6 +338,14 @@ def test_transforms_start_at_smoothquants_scale() -> None:
     torch.testing.assert_close(transform.log_scale.detach(), expected - expected.mean())
 
 
+@pytest.mark.parametrize("shift", [True, False])
+def test_shifts_may_be_left_out(shift: bool) -> None:
+    """OmniQuant's weight-only settings for OPT learn scales only."""
+    block, _ = make_block("opt")
+    names = {name.rpartition(".")[2] for name, _ in OmniQuant(block, shift=shift).named_parameters()}
+    assert "log_scale" in names and ("shift" in names) == shift
+
+
 def test_shifts_start_in_the_middle_of_the_range() -> None:
     """Of OPT, whose biases take them up; scales start from what is left."""
     block, x = make_block("opt")
