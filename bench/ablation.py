@@ -13,30 +13,42 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.cli import OptimizerCallable
 from safetensors.torch import load_file
 
 import plquant as pq
 from plquant import parts as known
-from plquant.block_module import BlockModule
+from plquant.block_module import BlockModule, adamw
 from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
 from plquant.quant.grid import ActivationGrid, IntGrid
+from plquant.sign_sgd import SignSGD
+
+
+def named(entry: Any) -> tuple[str, dict[str, Any]]:
+    """Class and options of a YAML entry."""
+    return (entry, {}) if isinstance(entry, str) else (entry["class_path"], entry.get("init_args", {}))
 
 
 def make_parts(given: str, block: QuantBlock) -> list[Any]:
     """Parts of a YAML list."""
-    made = []
-    for entry in yaml.safe_load(given):
-        name, options = (entry, {}) if isinstance(entry, str) else (entry["class_path"], entry.get("init_args", {}))
-        made.append(getattr(known, name)(block, **options))
-    return made
+    return [getattr(known, name)(block, **options) for name, options in map(named, yaml.safe_load(given))]
+
+
+def optimizer_of(given: str | None) -> OptimizerCallable:
+    """Of a YAML entry; names are those of torch.optim, and SignSGD."""
+    if given is None:
+        return adamw
+    name, options = named(yaml.safe_load(given))
+    return partial(SignSGD if name == "SignSGD" else getattr(torch.optim, name), **options)
 
 
 def calibrate(given: str, options: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
@@ -58,6 +70,8 @@ def calibrate(given: str, options: argparse.Namespace, ids: torch.Tensor) -> dic
         before = nearest.error()
     module = BlockModule(block, make_parts(given, block))
     module.error_before, module.activations = before, nearest.activations
+    module.make_optimizer = optimizer_of(options.optimizer)
+    module.optimizer_options()  # refuses what does not go with the parts
     trainer = L.Trainer(
         max_epochs=options.epochs,
         precision="bf16-mixed",
@@ -89,6 +103,7 @@ def main() -> None:
     parser.add_argument("--group_size", type=int, help="one scale per channel if not given")
     parser.add_argument("--activations", type=int, help="bits; 16-bit activations if not given")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--optimizer", help="as of --model.optimizer; AdamW without decay if not given")
     parser.add_argument("--parts", nargs="+", required=True, help="YAML lists of parts")
     options = parser.parse_args()
     ids = load_file(options.ids)["calibration_ids"].long()

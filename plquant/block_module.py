@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
@@ -113,6 +114,11 @@ def block_error(block: QuantBlock, x: Tensor, target: Tensor, device: torch.devi
 Schedule = Literal["cosine", "linear", "constant"]
 
 
+def adamw(groups: Any) -> torch.optim.Optimizer:
+    """What fits unless told otherwise: AdamW without decay."""
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
 @dataclass(frozen=True)
 class RunProgress:
     """The run that a block is part of.
@@ -160,6 +166,7 @@ class BlockModule(L.LightningModule):
         super().__init__()
         check_order(parts)
         self.block, self.parts, self.schedule, self.aug_loss = block, list(parts), schedule, aug_loss
+        self.make_optimizer: OptimizerCallable = adamw
         self.error_before = 1.0  # of rounding to nearest; the loop measures it, losses are in units of it
         self.activations: Activations  # what it is fitted to; the loop sets it
         self.progress: RunProgress | None = None
@@ -184,6 +191,23 @@ class BlockModule(L.LightningModule):
             for lr, parameters in part.learnables().items():
                 groups.setdefault(lr, []).extend(parameters)
         return {lr: parameters for lr, parameters in groups.items() if parameters}
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Class and options of the optimizer, for the record of the run; refuses one that cannot fit this method.
+
+        Raises:
+            ValueError: It takes no groups of parameters, or a part needs the state of another.
+        """
+        groups = [{"params": [nn.Parameter(torch.zeros(1, 1))], "lr": lr} for lr in (0.1, 0.2)]
+        try:
+            optimizer = self.make_optimizer(groups)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"--model.optimizer takes no groups of parameters, each with a learning rate of its own: {error}"
+            ) from error
+        for part in self.parts:
+            part.check_optimizer(optimizer)
+        return {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", **optimizer.defaults}
 
     def configure_model(self) -> None:
         """Let every part start from the data; the process group is up, the optimizer not yet made."""
@@ -222,11 +246,11 @@ class BlockModule(L.LightningModule):
         self.log("error", token_error(self(x), target), batch_size=len(x), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW without decay, one group per learning rate, and the schedule of the rates."""
+        """The optimizer, with one group per learning rate, and the schedule of the rates."""
         groups = [{"params": parameters, "lr": lr} for lr, parameters in self.learnables().items() if parameters]
         if not groups:
             return None
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        optimizer = self.make_optimizer(groups)
         if self.schedule == "constant":
             return optimizer
         steps = max(int(self.trainer.estimated_stepping_batches), 1)

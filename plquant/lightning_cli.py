@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import plquant.methods  # noqa: F401  registers the methods' short names
 import plquant.parts  # noqa: F401  and those of their parts
+import plquant.sign_sgd  # noqa: F401  and of an optimizer
 from plquant.data import TextData
 from plquant.distributed import is_rank_zero
 from plquant.model import QuantizedLM

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from plquant.architectures.moe import routers, unfuse_experts_
-from plquant.block_module import Method
+from plquant.block_module import BlockModule, Method, adamw
 from plquant.blocks.capture import capture_calls, capture_inputs
 from plquant.blocks.discovery import find_blocks
 from plquant.blocks.quant_block import QuantBlock
@@ -43,6 +44,8 @@ class QuantizedLM(L.LightningModule):
         dtype: Of activations and of weights that stay in floating point. ``auto`` keeps the checkpoint's, but bfloat16
             for float16 and .gguf, since float16 overflows on massive activations.
         trust_remote_code: Run Python code that comes with the checkpoint.
+        optimizer: What fits the blocks, such as SignSGD, an optimizer of torch.optim, or one by its class path; each
+            part gives its own learning rate. null is AdamW without decay.
         streaming: Hold the weights of one block at a time, read from safetensors when it is their turn: memory does not
             grow with the number of blocks, the result is the same. Takes more time where blocks are small, since each
             is read several times.
@@ -58,6 +61,7 @@ class QuantizedLM(L.LightningModule):
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         trust_remote_code: bool = False,
         streaming: bool = False,
+        optimizer: OptimizerCallable | None = None,
     ) -> None:
         super().__init__()
         if weights.axis == "out" and activations is not None and activations.bits is not None:
@@ -67,7 +71,8 @@ class QuantizedLM(L.LightningModule):
             )
         if blocks_per_fit < 1:
             raise ValueError(f"--model.blocks_per_fit={blocks_per_fit} fits nothing; choose 1 or more blocks")
-        self.checkpoint, self.method, self.weights, self.activations = checkpoint, method, weights, activations
+        self.checkpoint, self.weights, self.activations = checkpoint, weights, activations
+        self._method, self._optimizer = method, optimizer or adamw
         self.blocks_per_fit = blocks_per_fit
         self.source = Source.find(checkpoint, trust_remote_code)
         self.config: PretrainedConfig = self.source.config()
@@ -86,6 +91,13 @@ class QuantizedLM(L.LightningModule):
         )
         self._lm: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def method(self, block: QuantBlock) -> BlockModule:
+        """What calibrates a block, with the optimizer that fits it."""
+        module = self._method(block)
+        module.make_optimizer = self._optimizer
+        module.optimizer_options()
+        return module
 
     @property
     def is_quantized(self) -> bool:

@@ -45,6 +45,7 @@ def recipe(
             "dtype": str(model.load_dtype),
         },
         "method": {"class": type(method).__qualname__, **method.hparams},
+        "optimizer": method.optimizer_options(),
         "data": {"class": type(datamodule).__qualname__, **datamodule.hparams},
         "trainer": dict(trainer),
     }

@@ -25,6 +25,7 @@ BELOW = {
     "block_checkpoint": ["files"],
     "distributed": [],
     "quiet": [],
+    "sign_sgd": [],
     "recipe": ["", "quant", "data", "parts", "block_module", "model"],
     "data": ["evaluating"],
     "callbacks": ["block_module"],

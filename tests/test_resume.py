@@ -23,6 +23,7 @@ from plquant.parts.clipping import LWC
 from plquant.parts.learned_rounding import LearnedRounding
 from plquant.parts.rotation import Rotation
 from plquant.run_folder import RUNNING
+from plquant.sign_sgd import SignSGD
 from plquant.verify import verify
 
 BLOCK_1 = "model-block-001.safetensors"
@@ -47,7 +48,8 @@ class Interrupt(L.Callback):
 def run(checkpoint: Path, out: Path, method: Any = pq.methods.OmniQuant, data: Any = None, **trainer: Any) -> None:
     L.seed_everything(0, verbose=False)
     activations = trainer.pop("activations", None)
-    model = pq.QuantizedLM(str(checkpoint), method, pq.IntGrid(3, 16), activations)
+    optimizer = trainer.pop("optimizer", None)
+    model = pq.QuantizedLM(str(checkpoint), method, pq.IntGrid(3, 16), activations, optimizer=optimizer)
     data = pq.data.BuiltinText(num_samples=7, seq_len=32, batch_size=2) if data is None else data
     options = {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False} | trainer
     fitting = pq.BlockwiseTrainer(**options, callbacks=[Interrupt()])
@@ -120,6 +122,7 @@ METHODS: dict[str, Any] = {
     "AffineQuant": pq.methods.AffineQuant,  # bands that open, each with moments of its own
     "constant, aug_loss": partial(pq.methods.OmniQuant, schedule="constant", aug_loss=True, alpha="search"),
     "QLLM": partial(pq.methods.QLLM, lr=1e-2),
+    "SignSGD": pq.methods.OmniQuant,  # the optimizer's own state
     "Best": pq.methods.Best,  # the start is set from the data
     "rotated stream": partial(  # and the whole model changed before
         pq.methods.Composed, parts=[partial(Rotation, places=["residual", "values"]), LWC, LearnedRounding]
@@ -129,12 +132,15 @@ METHODS: dict[str, Any] = {
 
 # Of 12 steps, four to an epoch: inside the second epoch, where it begins, at the end
 @pytest.mark.parametrize(
-    ("name", "step"), [("AffineQuant", 7), ("constant, aug_loss", 5), ("QLLM", 12), ("Best", 6), ("rotated stream", 6)]
+    ("name", "step"),
+    [("AffineQuant", 7), ("constant, aug_loss", 5), ("QLLM", 12), ("SignSGD", 7), ("Best", 6), ("rotated stream", 6)],
 )
 def test_a_fit_goes_on_inside_a_block_to_the_same_bits(
     name: str, step: int, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"activations": pq.ActivationGrid(4)} if name in ("QLLM", "Best") else {}
+    options: dict[str, Any] = {"activations": pq.ActivationGrid(4)} if name in ("QLLM", "Best") else {}
+    if name == "SignSGD":
+        options["optimizer"] = partial(SignSGD, momentum=0.9)
     run(checkpoint, tmp_path / "whole", METHODS[name], **options)
     interrupt(1, step, checkpoint, tmp_path / "out", METHODS[name], checkpoint_every=1, **options)
     assert (tmp_path / "out" / RUNNING).exists()

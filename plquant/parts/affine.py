@@ -110,9 +110,19 @@ class Affine(Part):
         transform.log_scale.requires_grad_(not is_scaled)
         self.block.transform_queries_(site, transform)
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Entries that open late start with moments of their own, which are Adam's."""
+        adam = isinstance(optimizer, torch.optim.Adam)
+        odd = [key for key in ("amsgrad", "maximize") if adam and optimizer.defaults[key]]
+        if odd or not adam:
+            name = type(optimizer).__name__ + (f" with {' and '.join(odd)}" if odd else "")
+            raise ValueError(
+                f"--model.optimizer={name} does not go with Affine, which opens its matrices band by band, each with "
+                "fresh moments of Adam: choose AdamW or Adam of torch.optim, or a method without Affine"
+            )
+
     def advance(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
         """Open the bands of this epoch; what is opened starts with fresh moments."""
-        assert isinstance(optimizer, torch.optim.Adam)
         for transform in self.transforms:
             for parameter, opened in transform.progress_(share_of_run(epoch, epochs)):
                 reset_state_(optimizer, parameter, opened)

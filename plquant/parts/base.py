@@ -79,6 +79,13 @@ class Part:
             ValueError: It cannot, with the reason.
         """
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Whether this part can be fitted by it; called before the run too.
+
+        Raises:
+            ValueError: It cannot, with the reason.
+        """
+
     def prepare(self, lm: nn.Module, ids: Tensor) -> None:
         """Change the whole model before its blocks are looked at; called on the part of a block that is none of them.
 
