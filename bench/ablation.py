@@ -29,6 +29,7 @@ from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
+from plquant.nn.cost import Cost
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.sign_sgd import SignSGD
 
@@ -90,7 +91,15 @@ def calibrate(given: str, options: argparse.Namespace, ids: torch.Tensor) -> dic
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         module.fold()
         after = module.error()
-    return {"parts": given, "nearest": before, "error": after, "seconds": round(time.monotonic() - started, 1)}
+    cost = Cost.of(block)
+    return {
+        "parts": given,
+        "nearest": before,
+        "error": after,
+        "bits": round(cost.effective_bits, 3),
+        "MACs": f"+{cost.online_share:.1%}",
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def main() -> None:
@@ -109,9 +118,11 @@ def main() -> None:
     ids = load_file(options.ids)["calibration_ids"].long()
     rows = []
     for given in options.parts:
-        rows.append(calibrate(given, options, ids))
+        rows.append(row := calibrate(given, options, ids))
         print(
-            f"{rows[-1]['nearest']:.3e} -> {rows[-1]['error']:.3e}  {rows[-1]['seconds']:6.1f} s  {given}", flush=True
+            f"{row['nearest']:.3e} -> {row['error']:.3e}  {row['bits']:.3f} bits  MACs {row['MACs']:>6}"
+            f"  {row['seconds']:6.1f} s  {given}",
+            flush=True,
         )
     print(json.dumps({"rows": rows, **vars(options)}))
 

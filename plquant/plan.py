@@ -24,7 +24,8 @@ class Plan:
         least_bytes: Of the tensors that will be written, but those of run-time operations; less than the next only
             where the method chooses the axis of groups.
         output_bytes: The most that they can be.
-        effective_bits: Per quantized weight, without run-time operations.
+        effective_bits: Per quantized weight, with run-time operations as a block that was tried has them.
+        online_share: Multiply-adds of run-time operations in units of those of the linears, by the same block.
         peak_bytes: Greatest memory of the process, about.
         disk_bytes: Of what is written, and of activations on disk.
         seconds: Of the calibration of all blocks, about.
@@ -35,6 +36,7 @@ class Plan:
     least_bytes: int
     output_bytes: int
     effective_bits: float
+    online_share: float
     peak_bytes: int
     disk_bytes: int
     seconds: float
@@ -69,11 +71,17 @@ class Plan:
         model = trial.held_bytes if run.streaming else parameters * dtype.itemsize
         streams = 0 if run.on_disk else run.stream_bytes
         steps = run.epochs * -(-run.samples // run.batch_size)
+        blocks = weights / trial.weights  # as many as the one that was tried, if all are alike
+        bits, macs = (
+            trial.outside[0] + blocks * trial.cost.online_bits,
+            trial.outside[1] + blocks * trial.cost.online_macs,
+        )
         return cls(
             len(shapes),
             least,
             most,
-            effective_bits(shapes, dict.fromkeys(shapes, grid), dtype),
+            effective_bits(shapes, dict.fromkeys(shapes, grid), dtype, bits),
+            macs / weights,
             trial.peak_bytes + LATER + model - trial.held_bytes + max(streams - trial.stream_bytes, 0),
             most + (run.stream_bytes if run.on_disk else 0),
             run.fits * trial.block_seconds(run.samples, steps, weights / run.fits),
@@ -86,7 +94,8 @@ class Plan:
         if self.least_bytes < self.output_bytes:
             size = f"{self.least_bytes / 2**20:.1f} to {size}, by the axes chosen,"
         return [
-            f"{self.linears} linears will be quantized, {self.effective_bits:.3f} effective bits per weight",
+            f"{self.linears} linears will be quantized, {self.effective_bits:.3f} effective bits per weight, "
+            f"run-time MACs +{self.online_share:.1%}",
             f"{size} of tensors will be written, {self.disk_bytes / 2**30:.2f} GiB of disk are needed at the most",
             f"about {self.peak_bytes / 2**30:.2f} GiB of memory at the most",
             f"about {self.seconds / 60:.1f} minutes of calibration on this machine, by a block that was timed; reading "

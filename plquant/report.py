@@ -34,6 +34,9 @@ compressed-tensors 0.18 and later fail to load asymmetric group and channel grid
 packed in memory. Where the run quantized activations it does so as the run did; stock transformers leaves queries, keys
 and values in floating point, so that its figures are not those above."""
 
+# Bits per quantized weight with all that comes with them; multiply-adds that run-time operations add to the linears'.
+COLUMNS = ("model", "perplexity", "word perplexity", "bits", "run-time MACs", "size")
+
 
 @dataclass(frozen=True)
 class BlockRecord:
@@ -88,6 +91,7 @@ class Report:
         bytes_before: Size of the checkpoint's parameters in the dtype they were loaded in.
         bytes_after: Size of the tensors written.
         cost: Effective bits and multiply-adds of the quantized linears.
+        nearest_cost: The same of the model rounded to nearest, if that was evaluated.
         axes: Number of linears by the axis of their groups.
         num_blocks: Decoder blocks of the model.
         opens_in_stock: Stock transformers opens the result: it has no operations at run time, no rewritten modules.
@@ -104,6 +108,7 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     cost: Cost | None = None
+    nearest_cost: Cost | None = None
     axes: dict[str, int] = field(default_factory=dict)
     num_blocks: int = 0
     opens_in_stock: bool = True
@@ -120,11 +125,17 @@ class Report:
             f"{self.method} W{self.grid.bits}{activations} {group}{axis}{' symmetric' if self.grid.symmetric else ''}"
         )
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Name, perplexity, word perplexity and size of each model measured."""
+    def rows(self) -> list[tuple[str, ...]]:
+        """A cell for each of ``COLUMNS``, of each model measured."""
         sizes = {"full precision": self.bytes_before, "RTN": self.bytes_after, self.title: self.bytes_after}
+        costs = {name: ("", "") for name in sizes}
+        if self.cost is not None:
+            costs["full precision"] = f"{self.cost.unquantized_bits:.3f}", f"+{0:.1%}"
+        for name, cost in (("RTN", self.nearest_cost), (self.title, self.cost)):
+            if cost is not None:
+                costs[name] = f"{cost.effective_bits:.3f}", f"+{cost.online_share:.1%}"
         return [
-            (name, f"{r.perplexity:,.3f}", f"{r.word_perplexity:,.2f}", f"{sizes[name] / 2**20:.1f} MiB")
+            (name, f"{r.perplexity:,.3f}", f"{r.word_perplexity:,.2f}", *costs[name], f"{sizes[name] / 2**20:.1f} MiB")
             for name, r in self.perplexities.items()
         ]
 
@@ -139,13 +150,8 @@ class Report:
             table = Table(
                 title=f"{protocol['text']}: {protocol['windows']} windows of {protocol['window_length']} tokens"
             )
-            for column, justify in (
-                ("model", "left"),
-                ("perplexity", "right"),
-                ("word perplexity", "right"),
-                ("size", "right"),
-            ):
-                table.add_column(column, justify=justify)  # type: ignore[arg-type]
+            for column in COLUMNS:
+                table.add_column(column, justify="left" if column == "model" else "right")
             for row in self.rows():
                 table.add_row(*row)
             console.print(table)
@@ -164,8 +170,8 @@ class Report:
         if self.cost is not None:
             lines.append(f"effective bits per weight: {self.cost.effective_bits:.3f}")
             if self.cost.operations:
-                share = self.cost.online_macs / self.cost.macs
-                lines.append(f"run-time operations: {self.cost.operations}, {share:.2%} of the multiply-adds")
+                share = f"{self.cost.online_share:.2%}"
+                lines.append(f"run-time operations: {self.cost.operations}, {share} of the multiply-adds on top")
         if unseen := [name for block in self.blocks for name in block.unseen]:
             lines.append(f"rounded to nearest, since no calibration token was sent to them: {', '.join(unseen)}")
         lines += [f"{b.name} is rounded to nearest: {b.rolled_back}" for b in self.blocks if b.rolled_back]
@@ -192,12 +198,13 @@ class Report:
         simple = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("grid", "activations", "cost", "blocks", "perplexities")
+            if f.name not in ("grid", "activations", "cost", "nearest_cost", "blocks", "perplexities")
         }
         return simple | {
             "grid": asdict(self.grid),
             "activations": None if self.activations is None else asdict(self.activations),
             "cost": None if self.cost is None else asdict(self.cost),
+            "nearest_cost": None if self.nearest_cost is None else asdict(self.nearest_cost),
             "blocks": [asdict(block) for block in self.blocks],
             "perplexities": {name: result.as_dict() for name, result in self.perplexities.items()},
             "peak_memory": peak_memory(),
@@ -242,7 +249,10 @@ class Report:
 
     def card(self) -> str:
         """The model card."""
-        rows = "\n".join(f"| {' | '.join(row)} |" for row in self.rows()) or "| not evaluated | | | |"
+        rows = (
+            "\n".join(f"| {' | '.join(row)} |" for row in self.rows())
+            or f"| not evaluated {'| ' * len(COLUMNS)}".rstrip()
+        )
         measured = ""
         if self.perplexities:
             protocol = next(iter(self.perplexities.values())).protocol
@@ -260,8 +270,8 @@ tags: [plquant, compressed-tensors, quantized]
 
 Quantized from `{self.checkpoint}` by plquant {plquant.__version__}.
 
-| model | perplexity | word perplexity | size |
-|---|---|---|---|
+| {" | ".join(COLUMNS)} |
+{"|---" * len(COLUMNS)}|
 {rows}
 {measured}
 {summary}

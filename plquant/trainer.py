@@ -164,6 +164,7 @@ class BlockwiseTrainer(L.Trainer):
                     stack.enter_context(block.full_precision())
                 report.perplexities["full precision"] = self._perplexity(model, datamodule, on_disk)
             report.perplexities["RTN"] = self._perplexity(model, datamodule, on_disk)
+            report.nearest_cost = Cost.of(model.lm)
 
         rank, ranks = self._share
         with weights.on_demand():
@@ -213,15 +214,14 @@ class BlockwiseTrainer(L.Trainer):
         grid = model.weights.resolve(shapes)
         method = self._probe(model, grid)
         title = Report(model.checkpoint, method.title, grid, model.activations).title
-        streams = stream_bytes(model, datamodule, method)
         samples, batch_size = datamodule.num_samples // self.world_size, datamodule.batch_size
         epochs = self.max_epochs or 1
-        where = (streams, self.activations == "disk", model.streaming)
+        where = (stream_bytes(model, datamodule, method), self.activations == "disk", model.streaming)
         run = Run(model.num_fits(shapes), samples, batch_size, epochs if method.learnables() else 0, *where)
         text = (samples, datamodule.seq_len, batch_size)
-        trial = try_block(model.sample(), grid, model.activations, *text, partial(self._try, model, batch_size))
-        settled = (shapes, parameters, grid, model.activations, model.load_dtype, method)
-        plan = Plan.of(*settled, run, trial)
+        fit = partial(self._try, model, batch_size)
+        trial = try_block(model.sample(), grid, model.activations, *text, method.parts, fit)
+        plan = Plan.of(shapes, parameters, grid, model.activations, model.load_dtype, method, run, trial)
         print("\n".join([f"{title} of {model.checkpoint}", *plan.lines()]))
         return plan
 

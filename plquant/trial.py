@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from plquant.blocks.activations import TOKENS_AT_ONCE
 from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
+from plquant.nn.cost import Cost
+from plquant.parts.base import Part
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.report import peak_bytes
 
@@ -34,6 +36,8 @@ class Trial:
         held_bytes: Parameters of the block and of what is outside of the blocks.
         stream_bytes: Of the streams.
         peak_bytes: Greatest memory of the process.
+        cost: Of the block as the method packed it.
+        outside: Bits and multiply-adds of the run-time operations outside of blocks.
     """
 
     seconds: float
@@ -43,6 +47,8 @@ class Trial:
     held_bytes: int
     stream_bytes: int
     peak_bytes: int
+    cost: Cost
+    outside: tuple[int, int]
 
     def block_seconds(self, samples: int, steps: int, weights: float) -> float:
         """Of a block with so many weights, on so many samples and with so many steps."""
@@ -56,6 +62,7 @@ def try_block(
     samples: int,
     seq_len: int,
     batch_size: int,
+    parts: Sequence[Part],
     calibrate: Callable[[QuantBlock, Tensor, Tensor, L.Callback], Any],
 ) -> Trial:
     """Calibrate the blocks of a small model, all together, on a few samples.
@@ -67,6 +74,7 @@ def try_block(
         samples: Of the run; no more are used.
         seq_len: Their length.
         batch_size: Samples of a step.
+        parts: Of the method, on no block of the model: they prepare it.
         calibrate: Calibrates a block for one epoch, given both streams and a callback for the fit.
     """
     samples = min(samples, max(STEPS * batch_size, -(-TOKENS_AT_ONCE // seq_len)))
@@ -74,16 +82,21 @@ def try_block(
     ids = torch.randint(vocabulary, (samples, seq_len), generator=torch.Generator().manual_seed(0))
     held = sum(parameter.nbytes for parameter in lm.parameters())
     layers = sum(1 for _ in lm.named_modules())
+    for part in parts:
+        part.prepare(lm, ids)
     (block,) = prepare_blocks(lm, grid, ids, activations, blocks_per_fit=layers)
     x = capture_inputs(lm, list(block.layers.values()), ids)
     weights = sum(linear.weight.numel() for linear in block.linears.values())
     block.map_(x[:1].clone(), 1)  # what is compiled at first use is compiled now
-    passes, steps = _Passes(block), _Steps()
+    passes, steps, packed = _Passes(block), _Steps(), _Packed(block)
     began = time.perf_counter()
     calibrate(block, x, x.clone(), steps)
     seconds = time.perf_counter() - began - passes.seconds - sum(steps.seconds)
     step = statistics.median(steps.seconds) if steps.seconds else 0.0
-    return Trial(seconds, passes.seconds / samples, step, weights, held, 2 * x.nbytes, peak_bytes())
+    whole, inside = Cost.of(lm), Cost.of(block)
+    outside = whole.online_bits - inside.online_bits, whole.online_macs - inside.online_macs
+    cost = packed.cost or inside
+    return Trial(seconds, passes.seconds / samples, step, weights, held, 2 * x.nbytes, peak_bytes(), cost, outside)
 
 
 class _Passes:
@@ -100,6 +113,20 @@ class _Passes:
                 self.seconds += 0.0 if torch.is_grad_enabled() else time.perf_counter() - began
 
         block.forward = timed  # type: ignore[method-assign]
+
+
+class _Packed:
+    """What the method made of the block costs, where that is given up for rounding to nearest; random weights may."""
+
+    def __init__(self, block: QuantBlock) -> None:
+        self.cost: Cost | None = None
+        restore = block.restore_
+
+        def noted(kept: nn.ModuleDict) -> None:
+            self.cost = Cost.of(block)
+            restore(kept)
+
+        block.restore_ = noted  # type: ignore[method-assign]
 
 
 class _Steps(L.Callback):

@@ -30,7 +30,7 @@ BELOW = {
     "data": ["evaluating"],
     "callbacks": ["block_module"],
     "plan": ["quant", "formats", "block_module", "trial"],
-    "trial": ["quant", "blocks", "report"],
+    "trial": ["quant", "nn", "blocks", "parts", "report"],
     "perplexity": [],
     "tasks": ["model"],
     "weight_files": [],

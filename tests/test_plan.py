@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import plquant as pq
 from plquant.cli import main
+from plquant.parts.rotation import Rotation
 from plquant.trial import Trial, try_block
 from tests.families import byte_tokenizer, tiny_model
 
@@ -34,7 +35,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no rotations of Light": (partial(pq.methods.Light, rotate=False), {}, "stock transformers, and plquant.load"),
     "no rotations": (partial(pq.methods.Best, rotate=False), {}, "stock transformers, and plquant.load"),
     "matrices": (partial(pq.methods.AffineQuant, online="dense"), {}, "plquant.load only (run-time operations)"),
+    "rotated stream": (
+        partial(pq.methods.Composed, parts=[partial(Rotation, places=["residual"])]),
+        {},
+        "plquant.load only (run-time operations)",
+    ),
 }
+ONLINE = {"QLLM", "rotations", "matrices", "rotated stream"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,8 +57,23 @@ def test_size_bits_and_where_it_opens(name: str, checkpoint: Path, tmp_path: Pat
     assert plan.least_bytes <= written <= plan.output_bytes
     assert (plan.least_bytes == plan.output_bytes) == (name not in ("AdaDim", "no rotations of Light"))
     assert report.opens_in_stock == ("plquant.load only" not in opens) and report.cost is not None
-    if not report.cost.operations and not beside:
-        assert plan.effective_bits == pytest.approx(report.cost.effective_bits)
+    found = pytest.approx((report.cost.effective_bits, report.cost.online_share), rel=1e-6 if name != "QLLM" else 0.1)
+    assert (plan.effective_bits, plan.online_share) == found
+    assert (report.cost.online_bits > 0) == (beside > 0) == (name in ONLINE)
+
+
+def test_a_block_that_is_rounded_to_nearest_in_the_trial_still_tells_what_the_method_costs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = partial(pq.methods.AffineQuant, online="dense")
+    plans = []
+    for _ in range(2):
+        trainer, model, data = parts(checkpoint, method)
+        plans.append(trainer.plan(model, data))
+        errors = iter([1e-6, 1.0])  # rounded to nearest, and as the method made it
+        monkeypatch.setattr(pq.BlockwiseTrainer, "_error", lambda *_, errors=errors: next(errors))
+    assert plans[0].online_share == plans[1].online_share > 0.1
+    assert plans[0].effective_bits == plans[1].effective_bits
 
 
 def test_experts_open_in_plquant_only(checkpoint: Path, tmp_path: Path) -> None:
@@ -69,7 +91,11 @@ def test_it_is_a_command_and_reads_no_weights(
     monkeypatch.chdir(tmp_path)
     main(f"plan --model.checkpoint {checkpoint} --model.weights.bits 3 --trainer.accelerator cpu".split())
     said = capsys.readouterr().out
-    assert "OmniQuant W3A16 g32" in said and "3.594 effective bits" in said and "GiB of memory" in said
+    assert (
+        "OmniQuant W3A16 g32" in said
+        and "3.594 effective bits per weight, run-time MACs +0.0%" in said
+        and "GiB of memory" in said
+    )
     assert not list(tmp_path.iterdir())
 
 

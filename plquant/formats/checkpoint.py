@@ -94,7 +94,7 @@ def predicted_bytes(
 
 
 def effective_bits(
-    shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, IntGrid], dtype: torch.dtype, other_bits: int = 0
+    shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, IntGrid], dtype: torch.dtype, other_bits: float = 0
 ) -> float:
     """Bits per quantized weight, with everything that comes with them: ``b + (scale + zero-point) / g`` and others.
 

@@ -60,6 +60,16 @@ class FakeQuantLinear(nn.Module):
         """Width of the input."""
         return self.weight.shape[1]
 
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Dtype of the scale that it will have."""
+        return self.weight.dtype
+
     def add_read(self, transform: Transform, online: bool = False) -> None:
         """Put a transform on the input channels; ``online`` if what remains of it at run time is to be done here."""
         self.reads.append(transform)
