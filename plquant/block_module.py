@@ -171,6 +171,7 @@ class BlockModule(L.LightningModule):
         self.activations: Activations  # what it is fitted to; the loop sets it
         self.progress: RunProgress | None = None
         self.equivalence: float | None = None  # error of the transforms alone, when they are fitted
+        self.figures: dict[str, float] = {}  # of the parts, as they are at the end of the fit
         self.unseen: list[str] = []  # linears of experts that no token was sent to
         self._started = False
         self.strict_loading = False  # a checkpoint has what is learned, not the block
@@ -274,16 +275,19 @@ class BlockModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Remember the parameters if this was the best epoch so far."""
         self.log("block", float(self.block.index))
-        for part in self.parts:
-            self.log_dict(part.figures())
         loss = float(self._epoch_loss.compute())
         if loss < self._best_loss:
             self._best_loss = loss
             self._best_state = [parameter.detach().clone() for parameter in self._trained()]
 
     def on_train_end(self) -> None:
-        """Go back to the best epoch."""
+        """Go back to the best epoch, and say what the parts are there."""
         self.go_back_()
+        for part in self.parts:
+            self.figures |= part.figures()
+        if self.figures:
+            for logger in self.loggers:
+                logger.log_metrics(self.figures | {"block": float(self.block.index)}, self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a step changes; the block itself, and how it starts, come about again."""

@@ -54,6 +54,8 @@ class BlockRecord:
         notes: What the parts of the method have to say.
         equivalence: Relative error that the transforms alone make, in fp64 with nothing rounded; ``None`` without any.
         rolled_back: Why the block is rounded to nearest and not what the method made of it; empty if it is that.
+        condition_number: The largest of its learned matrices; ``None`` without any, where they were given up, and of a
+            block that an earlier version finished.
     """
 
     block: int
@@ -67,6 +69,7 @@ class BlockRecord:
     notes: Sequence[str] = ()
     rolled_back: str = ""
     equivalence: float | None = None
+    condition_number: float | None = None
 
     def line(self, num_blocks: int) -> str:
         """For the terminal."""
@@ -183,10 +186,14 @@ class Report:
         lines.append(f"not quantized: {', '.join(self.unquantized) or 'none'}")
         if self.blocks:
             worst = max(self.blocks, key=lambda block: block.squared_error)
-            lines.append(
+            line = (
                 f"largest squared error of a block's output, relative to the target: {worst.squared_error:.2e} "
                 f"({worst.name}); {worst.squared_error_rest:.2e} without its heaviest token"
             )
+            if conditions := [b.condition_number for b in self.blocks if b.condition_number is not None]:
+                own = "none" if worst.condition_number is None else f"{worst.condition_number:.1f}"
+                line += f"; condition number of its matrices {own}, of all blocks' at most {max(conditions):.1f}"
+            lines.append(line)
         lines.append(
             f"{self.title}: {self.bytes_after / 2**20:.1f} MiB on disk ({self.bytes_before / 2**20:.1f} before), "
             f"{self.seconds / 60:.1f} minutes, peak memory {peak_memory()}"

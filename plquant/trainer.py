@@ -269,8 +269,8 @@ class BlockwiseTrainer(L.Trainer):
         unseen = [f"{block.parent}.{name}" for name in module.unseen]
         notes = [note for part in module.parts for note in part.notes]
         seconds = time.monotonic() - started
-        proven = None if reason else module.equivalence
-        return BlockRecord(block.index, block.name, before, *errors, seconds, unseen, notes, reason, proven)
+        made = (None, None) if reason else (module.equivalence, module.figures.get("condition number"))
+        return BlockRecord(block.index, block.name, before, *errors, seconds, unseen, notes, reason, *made)
 
     def _calibrate_apart(
         self, blocks: list[QuantBlock], model: QuantizedLM, size: int, x: Tensor, folder: RunFolder, run: RunProgress

@@ -1,6 +1,7 @@
 """Every method from the checkpoint to the folder and back: what was evaluated is what is saved, loaded and run."""
 
 import csv
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -164,17 +165,32 @@ def test_an_axis_that_groups_do_not_divide_is_refused_before_the_run(checkpoint:
     assert not (tmp_path / "out").exists()
 
 
-def test_condition_numbers_are_logged(checkpoint: Path, tmp_path: Path) -> None:
+def test_condition_numbers_are_logged_and_reported(checkpoint: Path, tmp_path: Path) -> None:
     model = pq.QuantizedLM(str(checkpoint), pq.methods.AffineQuant, pq.IntGrid(3, 16))
     data = pq.data.BuiltinText(num_samples=4, seq_len=48, eval_seq_len=64, eval_windows=2)
     logger = CSVLogger(tmp_path / "log")
     trainer = pq.BlockwiseTrainer(max_epochs=2, accelerator="cpu", enable_progress_bar=False, logger=logger)
-    trainer.calibrate(model, data, output_dir=str(tmp_path / "out"), evaluate=False)
+    report = trainer.calibrate(model, data, output_dir=str(tmp_path / "out"), evaluate=False)
     logger.save()
     (metrics,) = (tmp_path / "log").rglob("metrics.csv")
     rows = [row for row in csv.DictReader(metrics.open()) if row["condition number"]]
-    assert len(rows) == 6 and all(1 <= float(row["condition number"]) < 200 for row in rows)
-    assert any(float(row["condition number"]) > 1.0001 for row in rows)
+    logged = [float(row["condition number"]) for row in rows]
+    assert len(rows) == 3 and all(1 <= number < 200 for number in logged) and max(logged) > 1.0001
+    assert [float(row["block"]) for row in rows] == [0, 1, 2]
+    kept = [None if b.rolled_back else number for b, number in zip(report.blocks, logged, strict=True)]
+    assert any(kept) and [block.condition_number for block in report.blocks] == kept
+    with open(tmp_path / "out" / "blocks.csv") as file:
+        assert [float(row["condition_number"] or 0) for row in csv.DictReader(file)] == [n or 0 for n in kept]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())["blocks"]
+    assert [block["condition_number"] for block in written] == kept
+    said = [line for line in report.summary() if f"of all blocks' at most {max(n or 0 for n in kept):.1f}" in line]
+    assert len(said) == 1 and "largest squared error" in said[0]
+
+
+def test_methods_without_matrices_say_nothing_of_condition_numbers(checkpoint: Path, tmp_path: Path) -> None:
+    report, _ = calibrate(checkpoint, tmp_path / "out", pq.methods.OmniQuant)
+    assert all(block.condition_number is None for block in report.blocks)
+    assert not any("condition" in line for line in report.summary())
 
 
 def test_blocks_fitted_together(checkpoint: Path, tmp_path: Path) -> None:

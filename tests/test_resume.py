@@ -105,6 +105,20 @@ def test_a_damaged_block_is_said_and_calibrated_again(
     assert all(check.passed for check in verify(tmp_path))
 
 
+def test_a_block_of_an_earlier_version_goes_on(finished: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Its record lacks what was added since."""
+    interrupt(2, 1, checkpoint, tmp_path)
+    path = tmp_path / f"{BLOCK_1}.json"
+    written_then = json.loads(path.read_text())
+    del written_then["record"]["condition_number"]
+    path.write_text(json.dumps(written_then))
+    Interrupt.seen.clear()
+    run(checkpoint, tmp_path)
+    assert written(tmp_path) == written(finished)
+    assert json.loads((tmp_path / "report.json").read_text())["blocks"][1]["condition_number"] is None
+    assert len(Interrupt.seen) <= 12, "block 2 was calibrated again"
+
+
 def test_another_text_under_the_same_name_does_not_go_on(checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question. " * 40)

@@ -102,7 +102,7 @@ class Part:
         """Set what starts from the data; called once, before the first step."""
 
     def figures(self) -> dict[str, float]:
-        """What to log after every epoch."""
+        """What to log and report of it at the end of the fit, the best epoch in place."""
         return {}
 
     def advance(self, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> None:
