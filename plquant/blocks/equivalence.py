@@ -43,13 +43,14 @@ def equivalence_error(block: QuantBlock, x: Tensor) -> float | None:
     Returns:
         ``None`` if there are no transforms.
     """
+    if not _preserving(block):
+        return None  # before anything is copied: in fp64 a block is four times as large
     nudges = {id(linear.nudge): None for linear in block.linears.values() if linear.nudge is not None}
     own = copy.deepcopy(block, nudges).double()
     own._calls = map_tensors(lambda t: t.double() if t.is_floating_point() else t, own._calls)
     own._calls_there = None
-    found = [_keep_equivalent_(module) for module in own.layers.modules()]
-    if not any(found):
-        return None
+    for module in own.layers.modules():
+        _keep_equivalent_(module)
     with torch.autocast(block.device.type, enabled=False), own.full_precision():
         x = x.double()
         before = QuantBlock.forward(own, x)  # not what somebody has put in its place on the original
@@ -63,19 +64,21 @@ def equivalence_error(block: QuantBlock, x: Tensor) -> float | None:
         )
 
 
-def _keep_equivalent_(module: nn.Module) -> int:
-    """Leave only the transforms that preserve the function; returns how many there are."""
+def _preserving(block: QuantBlock) -> bool:
+    """Whether there is a transform that preserves the function."""
+    lists = (module for module in block.layers.modules() if isinstance(module, Transforms))
+    return any(transform.preserves for transforms in lists for transform in transforms)
+
+
+def _keep_equivalent_(module: nn.Module) -> None:
+    """Leave only the transforms that preserve the function."""
     if isinstance(module, TransformedNorm):
         module.transforms = Transforms(t for t in module.transforms if t.preserves)
-        return len(module.transforms)
-    if isinstance(module, TransformedReader):
+    elif isinstance(module, TransformedReader):
         module.reads = Transforms(t for t in module.reads if t.preserves)
-        return len(module.reads)
-    if not isinstance(module, FakeQuantLinear):
-        return 0
-    kept = [(t, rows) for t, rows in zip(module.writes, module.write_rows, strict=True) if t.preserves]
-    module.writes, module.write_rows = Transforms(t for t, _ in kept), [rows for _, rows in kept]
-    module.reads = Transforms(t for t in module.reads if t.preserves)
-    module.online = Transforms(t for t in module.online if t.preserves)
-    module.corrections, module._settled, module.inputs = Corrections(), None, None
-    return len(module.writes) + len(module.reads)
+    elif isinstance(module, FakeQuantLinear):
+        kept = [(t, rows) for t, rows in zip(module.writes, module.write_rows, strict=True) if t.preserves]
+        module.writes, module.write_rows = Transforms(t for t, _ in kept), [rows for _, rows in kept]
+        module.reads = Transforms(t for t in module.reads if t.preserves)
+        module.online = Transforms(t for t in module.online if t.preserves)
+        module.corrections, module._settled, module.inputs = Corrections(), None, None
