@@ -26,7 +26,6 @@ _SHAPE = "int out_features, int in_features, int bits, int group_size, bool alon
 _INPUTS = "int x_bits, bool x_symmetric, Tensor? x_offset, Tensor? x_clip=None"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
-MOST_INTEGER_INPUTS = ((1 << 31) - 1) // 255**2  # whose sum of products fits 32 bits, whatever the codes
 
 _library = torch.library.Library("plquant", "DEF")
 _library.define(f"linear(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")

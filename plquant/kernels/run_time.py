@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from plquant.kernels import cpu_layout, layout, native, ops
+from plquant.kernels.cpu import MOST_INTEGER_INPUTS
 from plquant.kernels.cpu_layout import Shape
 
 Tensors = dict[str, Any]  # Tensor or None
@@ -188,7 +189,7 @@ def kind(device: torch.device, dtype: torch.dtype, shape: Shape, quantized_input
         _warn(missing)
         return None
     per_output = not shape.along_out and shape.groups == 1
-    return Integers if quantized_inputs and per_output and shape.in_features <= ops.MOST_INTEGER_INPUTS else Fragments
+    return Integers if quantized_inputs and per_output and shape.in_features <= MOST_INTEGER_INPUTS else Fragments
 
 
 def _missing(dtype: torch.dtype, shape: Shape) -> str | None:

@@ -24,7 +24,7 @@ class ActivationClipping(Part):
 
     def __init__(self, block: QuantBlock, lr: float = 1e-2, init: float = 4.0) -> None:
         super().__init__(block)
-        check_rate("ActivationClipping", "activation_lr", lr, 1e-2)
+        check_rate("ActivationClipping", "parts", lr, 1e-2)
         self.lr = lr
         self.clips: list[LearnedShares] = []
         for linear in block.linears.values():
