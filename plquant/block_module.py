@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +21,7 @@ from plquant.blocks.capture import StopForward
 from plquant.blocks.equivalence import equivalence_error
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.stream_files import pieces
+from plquant.blocks.token_weights import token_weights
 from plquant.distributed import AnyMetric, of_this_process
 from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Part, Rounding, check_order
@@ -173,6 +175,7 @@ class BlockModule(L.LightningModule):
         self.equivalence: float | None = None  # error of the transforms alone, when they are fitted
         self.figures: dict[str, float] = {}  # of the parts, as they are at the end of the fit
         self.unseen: list[str] = []  # linears of experts that no token was sent to
+        self._token_weights: dict[str, Tensor] | None = None
         self._started = False
         self.strict_loading = False  # a checkpoint has what is learned, not the block
         self._epoch_loss = MeanMetric(nan_strategy="disable")  # a NaN is no good epoch
@@ -347,13 +350,13 @@ class BlockModule(L.LightningModule):
                 self.block.pack_(lambda linear: rounding.round(linear, None))
             return
         for names in self.stages():
-            hessian = self.observe_quantized(Hessian, names[0])
+            hessians = self.hessians(names, rounding.weighs_tokens)
             linears = [self.block.linears[name] for name in names]
             with exact:
                 if axis is not None:
-                    weights = axis.round(linears, hessian, rounding.round)
+                    weights = axis.round(linears, hessians, rounding.round)
                 else:
-                    weights = [rounding.round(linear, hessian) for linear in linears]
+                    weights = [rounding.round(*pair) for pair in zip(linears, hessians, strict=True)]
                 for name, weight in zip(names, weights, strict=True):
                     self.block.pack_linear_(name, weight)
         self.block.fold_sources_()
@@ -406,19 +409,50 @@ class BlockModule(L.LightningModule):
             name: Of the linear.
             final: Of what is multiplied with the weight; else of the input as it comes, before what is done to it here.
         """
-        linear = self.block.linears[name]
-        metric = self._reduced(make(linear.in_features).to(self.block.device))
+        metric = self._reduced(make(self.block.linears[name].in_features).to(self.block.device))
+        self._watch({name: lambda came, multiplied: metric.update(multiplied if final else came)})
+        return metric.compute()
 
-        def watch(came: Tensor, multiplied: Tensor) -> None:
-            metric.update(multiplied if final else came)
-            raise StopForward  # what comes after it is not needed
+    @torch.no_grad()
+    def hessians(self, names: Sequence[str], weighted: bool = True) -> list[Tensor]:
+        """Of what is multiplied with the weights of linears that read the same tensor, each [I, I].
 
-        linear.watch = watch
+        Args:
+            names: Of the linears; none of the block's is packed the first time that weights are asked for.
+            weighted: Let tokens count as they do in the block's error, where that is known; see ``token_weights``.
+        """
+        if weighted and self._token_weights is None:
+            batches = ((x, target) for x, target, *_ in self.activations.in_order())
+            self._token_weights = token_weights(self.block, batches, self.activations.numbers)
+        known = self._token_weights or {} if weighted else {}
+        keys = [name if name in known else "" for name in names]  # those without weights have one Hessian
+        read_at = dict(zip(keys, names, strict=True))
+        metrics = {
+            key: self._reduced(Hessian(self.block.linears[name].in_features).to(self.block.device))
+            for key, name in read_at.items()
+        }
+        self._watch({name: _weighing(metrics[key], known.get(key)) for key, name in read_at.items()})
+        found = {key: metric.compute() for key, metric in metrics.items()}
+        return [found[key] for key in keys]
+
+    def _watch(self, watches: Mapping[str, Callable[[Tensor, Tensor], None]]) -> None:
+        """Pass all samples on as far as these linears, each watched by its function; see ``FakeQuantLinear.watch``."""
+        waiting: set[str] = set()
+
+        def watched(name: str, came: Tensor, multiplied: Tensor) -> None:
+            watches[name](came, multiplied)
+            waiting.discard(name)
+            if not waiting:
+                raise StopForward  # what comes after them is not needed
+
+        for name in watches:
+            self.block.linears[name].watch = partial(watched, name)
         for x in self.activations.inputs():
+            waiting.update(watches)
             with contextlib.suppress(StopForward):
                 self.block(x.to(self.block.device))
-        linear.watch = None
-        return metric.compute()
+        for name in watches:
+            self.block.linears[name].watch = None
 
     @torch.no_grad()
     def error(self, tokens: int | None = None) -> float:
@@ -446,6 +480,19 @@ class BlockModule(L.LightningModule):
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameters in self.learnables().values() for parameter in parameters]
+
+
+def _weighing(hessian: Hessian, weights: Tensor | None) -> Callable[[Tensor, Tensor], None]:
+    """What updates a Hessian, batch after batch, with inputs [..., I] of tokens that have these weights, [tokens]."""
+    at = 0
+
+    def update(came: Tensor, multiplied: Tensor) -> None:
+        nonlocal at
+        tokens = multiplied.shape[:-1].numel()
+        hessian.update(multiplied, None if weights is None else weights[at : at + tokens])
+        at += tokens
+
+    return update
 
 
 Method: TypeAlias = Callable[[QuantBlock], BlockModule]

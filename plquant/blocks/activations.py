@@ -92,6 +92,7 @@ class Activations:
     def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self.dataset = _Samples(*tensors)
         self.batch_size, self.ranks = batch_size, ranks
+        self.numbers = range(rank, len(self.dataset) * ranks, ranks)  # of its samples in the whole
         self.order = Order(len(self.dataset), batch_size, seed, rank, ranks)
 
     def shuffled(self) -> DataLoader:

@@ -15,8 +15,17 @@ class GPTQ(BlockModule):
         clip: Clip each group where the error of its rounding is least; the paper does not.
         damp: Added to the diagonal of the Hessian, as a share of its mean.
         act_order: Take the input channels in the order of falling activation energy.
+        token_weights: Let tokens count as they do in the block's error, where an error of what a linear gives them is
+            followed through the block; false lets all count alike, as in the paper.
     """
 
-    def __init__(self, block: QuantBlock, clip: bool = True, damp: float = 0.01, act_order: bool = True) -> None:
-        super().__init__(block, [GPTQRounding(block, clip, damp, act_order)])
+    def __init__(
+        self,
+        block: QuantBlock,
+        clip: bool = True,
+        damp: float = 0.01,
+        act_order: bool = True,
+        token_weights: bool = True,
+    ) -> None:
+        super().__init__(block, [GPTQRounding(block, clip, damp, act_order, token_weights)])
         self.save_hyperparameters(ignore=["block"])

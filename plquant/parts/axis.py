@@ -49,14 +49,15 @@ class AxisChoice(Part):
     def round(
         self,
         linears: Sequence[FakeQuantLinear],
-        hessian: Tensor,
+        hessians: Sequence[Tensor],
         rounding: Callable[[FakeQuantLinear, Tensor], QTensor],
     ) -> list[QTensor]:
         """Codes of linears that read the same tensor, on the better axis."""
-        candidates = [self._candidates(linear, hessian, rounding) for linear in linears]
+        pairs = list(zip(linears, hessians, strict=True))
+        candidates = [self._candidates(linear, hessian, rounding) for linear, hessian in pairs]
         errors = [
             {axis: float(output_error(linear.transformed().dense(), q, hessian)) for axis, q in found.items()}
-            for linear, found in zip(linears, candidates, strict=True)
+            for (linear, hessian), found in zip(pairs, candidates, strict=True)
         ]
         best = [choose_axis(*errors)] * len(linears) if self.tie else [choose_axis(error) for error in errors]
         return [found[axis] for found, axis in zip(candidates, best, strict=True)]

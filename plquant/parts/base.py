@@ -40,6 +40,12 @@ class Fitting(Protocol):
     def observe_quantized(self, make: Callable[[int], Metric | MetricCollection], name: str, final: bool = True) -> Any:
         """A statistic of the inputs of one linear, as the quantized model has them; ``final``: as multiplied."""
 
+    def hessians(self, names: Sequence[str], weighted: bool = True) -> list[Tensor]:
+        """Of what is multiplied with the weights of linears that read the same tensor, each [I, I].
+
+        ``weighted``: tokens count as they do in the block's error.
+        """
+
     def stages(self) -> list[list[str]]:
         """Names of the linears in the order they run, those that read the same tensor together."""
 
@@ -117,6 +123,7 @@ class Rounding(Part):
 
     place = "rounding"
     wants_hessian: bool = False
+    weighs_tokens: bool = True  # of that: as they count in the block's error
 
     def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
         """The codes.

@@ -12,7 +12,6 @@ from plquant.blocks.quant_block import QuantBlock
 from plquant.parts.base import Fitting, Part, Rounding, check_rate
 from plquant.quant.clipping import LearnedClipping
 from plquant.quant.gptq import gptq_round
-from plquant.quant.observers import Hessian
 
 
 class LearnedRounding(Rounding):
@@ -51,8 +50,7 @@ class LearnedRounding(Rounding):
         for name, nudge in self.nudges.items():  # a reassembly has changed the width of some
             nudge.data = torch.zeros_like(self.block.linears[name].transformed().dense())
         for names in fitting.stages() if self.from_gptq else ():
-            hessian = fitting.observe_quantized(Hessian, names[0])
-            for name in names:
+            for name, hessian in zip(names, fitting.hessians(names), strict=True):
                 linear = self.block.linears[name]
                 weight = linear.transformed().dense()
                 searched = linear.search_clip(hessian)

@@ -25,18 +25,27 @@ class GPTQRounding(Rounding):
             nearest), the one of both that leaves the linear's output less error is taken.
         damp: Added to the diagonal of the Hessian, as a share of its mean.
         act_order: Take the input channels in the order of falling activation energy.
+        token_weights: Let tokens count as they do in the block's error, where an error of what a linear gives them is
+            followed through the block; false lets all count alike, as in the paper.
     """
 
     wants_hessian = True
 
-    def __init__(self, block: QuantBlock, clip: bool = True, damp: float = 0.01, act_order: bool = True) -> None:
+    def __init__(
+        self,
+        block: QuantBlock,
+        clip: bool = True,
+        damp: float = 0.01,
+        act_order: bool = True,
+        token_weights: bool = True,
+    ) -> None:
         super().__init__(block)
         if not 0 <= damp < 1:
             raise ValueError(
                 f"--model.method.damp={damp} is not a share of the Hessian's mean diagonal; "
                 "choose 0 or more and less than 1, such as 0.01"
             )
-        self.clip, self.damp, self.act_order = clip, damp, act_order
+        self.clip, self.damp, self.act_order, self.weighs_tokens = clip, damp, act_order, token_weights
 
     def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
         """Codes of least error on the inputs that gave the Hessian."""
@@ -61,11 +70,14 @@ class Nearest(Rounding):
         block: The block to calibrate.
         clip: Clip each group where the error of its rounding is least, unless clipping was learned; input channels
             count by their energy.
+        token_weights: Let tokens count as they do in the block's error, as in ``GPTQRounding``; also for a choice of
+            the axis.
     """
 
-    def __init__(self, block: QuantBlock, clip: bool = True) -> None:
+    def __init__(self, block: QuantBlock, clip: bool = True, token_weights: bool = True) -> None:
         super().__init__(block)
         self.clip = self.wants_hessian = clip
+        self.weighs_tokens = token_weights
 
     def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
         """Codes of the nearest grid points."""

@@ -60,6 +60,8 @@ class ChannelRange(Metric):
 class Hessian(Metric):
     """Mean of x x^T over all tokens x, fp32 [I, I]: the Hessian of E ||W x||^2 / 2 in each row of W (GPTQ's, halved).
 
+    Where tokens have weights it is their weighted mean.
+
     Of 1/n and 2/n the first, so that tr(E H E^T) is the mean squared output error; GPTQ's codes are the same.
 
     The products are fp32, of bf16 activations too: a bf16 product is rounded to 8 bits when it leaves the matmul, and
@@ -71,19 +73,23 @@ class Hessian(Metric):
 
     full_state_update = False
     products: Tensor
-    tokens: Tensor
+    weight: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.add_state("products", torch.zeros(channels, channels), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, x: Tensor) -> None:
-        """Take in activations [..., I]."""
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in activations [..., I] of tokens that count alike, or with weights [tokens], in any unit."""
         x = x.flatten(0, -2).float()
+        if weights is None:
+            self.weight += len(x)
+        else:
+            self.weight += weights.sum(dtype=torch.float64)
+            x = x * weights.sqrt()[:, None]  # on both sides alike: the products stay symmetric
         self.products.addmm_(x.t(), x)  # in place: autocast leaves it alone, and no second [I, I] is needed
-        self.tokens += len(x)
 
     def compute(self) -> Tensor:
         """The mean so far; zeros before the first token."""
-        return self.products / self.tokens.clamp(min=1)
+        return self.products / torch.where(self.weight > 0, self.weight, 1)

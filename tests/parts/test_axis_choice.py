@@ -35,7 +35,7 @@ def block_with_outlier_channels() -> tuple[QuantBlock, FakeQuantLinear, Tensor]:
 def test_the_axis_without_learned_clipping_is_clipped_where_its_error_is_least() -> None:
     block, linear, hessian = block_with_outlier_channels()
     learned, grid = linear.clip, linear.grid
-    (found,) = AxisChoice(block).round([linear], hessian, Rounding(block).round)
+    (found,) = AxisChoice(block).round([linear], [hessian], Rounding(block).round)
     assert torch.equal(found.codes, quantize_weight(linear.weight, OUT, mse_clip(linear.weight, OUT)).codes)
     assert not torch.equal(found.codes, quantize_weight(linear.weight, OUT).codes)
     assert linear.clip is learned and linear.grid == grid
@@ -45,7 +45,7 @@ def test_gptq_clips_it_column_by_column_if_it_clips() -> None:
     block, linear, hessian = block_with_outlier_channels()
     columns = gptq_round(linear.weight, hessian, OUT, "mse", act_order=True)
     assert AxisChoice(block)._candidates(linear, hessian, GPTQRounding(block).round)["out"].codes.equal(columns.codes)
-    (found,) = AxisChoice(block).round([linear], hessian, GPTQRounding(block, clip=False).round)
+    (found,) = AxisChoice(block).round([linear], [hessian], GPTQRounding(block, clip=False).round)
     shares = mse_clip(linear.weight, OUT)
     assert torch.equal(found.codes, gptq_round(linear.weight, hessian, OUT, shares, act_order=True).codes)
 

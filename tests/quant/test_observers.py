@@ -22,7 +22,7 @@ def test_hessian_is_the_mean_product_over_all_tokens() -> None:
     metric = seen(x)
     expected = sum(torch.outer(token, token) for token in x.flatten(0, 1).double()) / 15
     torch.testing.assert_close(metric.compute().double(), expected, rtol=1e-6, atol=1e-6)
-    assert metric.tokens == 15 and metric.compute().dtype == torch.float32
+    assert metric.weight == 15 and metric.compute().dtype == torch.float32
 
 
 def test_batches_of_any_size_sum_to_the_whole() -> None:
@@ -38,7 +38,7 @@ def test_two_metrics_merge_to_the_whole() -> None:
     metric, other = seen(x[:7]), seen(x[7:])
     metric.merge_state(other)
     torch.testing.assert_close(metric.compute(), seen(x).compute())
-    assert metric.tokens == 40
+    assert metric.weight == 40
 
 
 def test_two_processes_sum_to_the_whole_and_keep_their_own() -> None:
@@ -46,10 +46,10 @@ def test_two_processes_sum_to_the_whole_and_keep_their_own() -> None:
     mine, theirs = seen(x[:7]), seen(x[7:])
 
     def gather(state: Tensor, group: object) -> list[Tensor]:
-        return [state, theirs.products if state.ndim else theirs.tokens]
+        return [state, theirs.products if state.ndim else theirs.weight]
 
     mine.sync(dist_sync_fn=gather, distributed_available=lambda: True)
-    torch.testing.assert_close(mine.products / mine.tokens, seen(x).compute())
+    torch.testing.assert_close(mine.products / mine.weight, seen(x).compute())
     mine.unsync()
     torch.testing.assert_close(mine.compute(), seen(x[:7]).compute())
 
@@ -61,7 +61,7 @@ def test_a_forward_does_not_write_into_what_was_summed_before() -> None:
     torch.testing.assert_close(metric(x[7:]), seen(x[7:]).compute())
     torch.testing.assert_close(metric.compute(), seen(x).compute())
     metric.reset()
-    assert not metric.products.any() and metric.tokens == 0
+    assert not metric.products.any() and metric.weight == 0
 
 
 def test_bf16_activations_are_summed_in_full_precision_under_autocast() -> None:
@@ -76,6 +76,18 @@ def test_bf16_activations_are_summed_in_full_precision_under_autocast() -> None:
     exact = x.double().t() @ x.double() / 512
     assert (ours - exact).norm() / exact.norm() < 1e-6  # 1.8e-7
     assert (rounded - exact).norm() / exact.norm() > 1e-4  # 1.4e-3
+
+
+def test_tokens_with_weights_give_the_weighted_mean_in_any_unit() -> None:
+    x, weights = activations(40, 8), activations(40).square()
+    expected = (x.t() * weights.double()) @ x.double() / weights.sum(dtype=torch.float64)
+    for unit in (1.0, 1e-9):
+        metric = Hessian(8)
+        metric.update(x[:7].view(1, 7, 8), weights[:7] * unit)
+        metric.update(x[7:], weights[7:] * unit)
+        torch.testing.assert_close(metric.compute().double(), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(seen(x).compute().double(), expected, rtol=1e-2)
+    assert torch.equal(metric.compute(), metric.compute().t())
 
 
 def test_no_tokens_give_zeros() -> None:
