@@ -4,12 +4,14 @@
 
 Each is called as its own documentation does, with its own defaults, on groups of 64. What it makes of the weights goes
 into the plain model, whose perplexity is then measured by the same code as ours. `pip install plquant[peers]` brings
-them; one that is not installed is left out.
+them, but for LLM Compressor, which wants another compressed-tensors than plquant: `pip install llmcompressor` into an
+environment of its own, where this script runs all the same. One that is not installed is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -49,6 +51,30 @@ def autoround(model: QuantizedLM, linears: dict[str, nn.Linear], ids: Tensor, bi
     quantized, _ = rounding.quantize()
     for name, linear in linears.items():
         linear.weight.data = quantized.get_submodule(name).weight.data.to(model.load_dtype)
+    return bits + (16 + bits) / GROUP_SIZE
+
+
+def gptq(model: QuantizedLM, linears: dict[str, nn.Linear], ids: Tensor, bits: int) -> float:
+    """LLM Compressor's GPTQ, as vLLM documents it; asymmetric, as our grids are."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    lm = copy.deepcopy(model.lm)  # it leaves hooks and scales in the model
+    grid = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP_SIZE}
+    ignored = [n for n, m in lm.named_modules() if isinstance(m, nn.Linear) and n not in linears]
+    recipe = GPTQModifier(config_groups={"linears": {"targets": ["Linear"], "weights": grid}}, ignore=ignored)
+    dataset = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    oneshot(
+        model=lm,
+        dataset=dataset,
+        recipe=recipe,
+        max_seq_length=ids.shape[1],
+        num_calibration_samples=len(ids),
+        shuffle_calibration_samples=False,
+    )
+    for name, linear in linears.items():
+        linear.weight.data = lm.get_submodule(name).get_parameter("weight").data.to(model.load_dtype)
     return bits + (16 + bits) / GROUP_SIZE
 
 
@@ -98,6 +124,7 @@ class Peer:
 
 PEERS = {
     "AutoRound": Peer("auto_round", (2, 3, 4), autoround),
+    "GPTQ (LLM Compressor)": Peer("llmcompressor", (2, 3, 4), gptq),
     "HQQ": Peer("hqq", (2, 3, 4), hqq),
     "NF4 (bitsandbytes)": Peer("bitsandbytes", (4,), nf4),
 }

@@ -9,15 +9,24 @@ import torch
 from safetensors.torch import save_file
 
 from bench import quality
+from tests.families import byte_tokenizer, tiny_model
 
 
 @pytest.mark.parametrize(
-    ("peer", "package", "bits"), [("HQQ", "hqq", 4.5), ("NF4 (bitsandbytes)", "bitsandbytes", 4.5)]
+    ("peer", "package", "bits"),
+    [
+        ("GPTQ (LLM Compressor)", "llmcompressor", 4.312),
+        ("HQQ", "hqq", 4.5),
+        ("NF4 (bitsandbytes)", "bitsandbytes", 4.5),
+    ],
 )
 def test_a_peer_is_a_row_beside_ours(
-    peer: str, package: str, bits: float, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    peer: str, package: str, bits: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(package)
+    checkpoint = tmp_path / "tiny"  # groups of 64 divide all its widths
+    tiny_model("llama", vocab_size=258, hidden_size=64, intermediate_size=128).bfloat16().save_pretrained(checkpoint)
+    byte_tokenizer().save_pretrained(checkpoint)
     ids = tmp_path / "ids.safetensors"
     save_file({"calibration_ids": torch.arange(64).view(2, 32), "evaluation_ids": torch.arange(64).view(2, 32)}, ids)
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results.csv")
