@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,73 @@ PARTIAL = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; it gets the real name at the end, or is removed on an error."""
+    """A temporary name beside ``path`` to write to; it gets the real name at the end, or is removed on an error.
+
+    Raises:
+        OSError: It could not be written, a full disk above all.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # safetensors makes its files private
-        os.replace(partial, path)
+        with _as_os_error(path):
+            yield partial
+            _rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_together(folder: Path, write: Callable[[Path], object]) -> list[str]:
+    """Files that others write, under names of theirs; none is there unless all could be written.
+
+    Args:
+        folder: Where they go.
+        write: Writes them to the folder that it is given.
+
+    Returns:
+        Their names in ``folder``.
+
+    Raises:
+        OSError: They could not be written.
+    """
+    with _as_os_error(folder), tempfile.TemporaryDirectory(suffix=PARTIAL, dir=folder) as temporary:
+        write(Path(temporary))
+        names = [path.relative_to(temporary) for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            _rename(temporary / name, folder / name)
+    return [name.as_posix() for name in names]
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what a process that was killed left half written."""
+    for leftover in folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _rename(partial: Path, path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # safetensors makes its files private
+    os.replace(partial, path)
+
+
+@contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """What the system says, also through libraries that have errors of their own, with what the user may do."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _os_error(str(error))
+        if number is None:
+            raise
+        raise OSError(
+            f"{path} could not be written: {os.strerror(number)}. What was finished before is kept: see to it, and run "
+            "the same command again"
+        ) from error
+
+
+def _os_error(said: str) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", said)  # as Rust puts it
+    return None if found is None else int(found[1])
 
 
 def write_json(path: Path, content: Any) -> None:

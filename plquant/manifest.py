@@ -11,9 +11,9 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,24 @@ from plquant.files import json_text, sha256, write_json
 MANIFEST = "manifest.json"
 
 
+class Digest(Protocol):
+    """What ``hashlib`` gives."""
+
+    def update(self, data: Any, /) -> None:
+        """Take bytes in."""
+
+
 def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> CRC-32 of the tensor's bytes, in hexadecimal."""
     return {name: f"{zlib.crc32(_bytes(tensor)):08x}" for name, tensor in tensors.items()}
+
+
+def hashed(tensors: Iterable[tuple[str, Tensor]], into: Digest) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name, each taken into a hash as it passes by."""
+    for name, tensor in tensors:
+        into.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        into.update(_bytes(tensor))
+        yield name, tensor
 
 
 def write_manifest(

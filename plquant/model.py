@@ -241,9 +241,8 @@ class QuantizedLM(L.LightningModule):
         config = copy.deepcopy(self.lm.config)
         config.architectures = [type(self.lm).__name__]
         stored = config.quantization_config = stored_config(self.lm, self.activations)
-        config.save_pretrained(folder.path)
-        self.lm.generation_config.save_pretrained(folder.path)
-        self.tokenizer.save_pretrained(folder.path)
+        for beside in (config, self.lm.generation_config, self.tokenizer):
+            folder.write(beside.save_pretrained)
         inside = set(name for block in blocks for name in block.tensors())
         tied = self.lm.all_tied_weights_keys  # stored once, under the name they are tied to
         rest = {k: t for k, t in self.lm.state_dict().items() if k not in inside and k not in tied}

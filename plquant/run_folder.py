@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from plquant.files import PARTIAL, json_text, replacing, sha256, write_json
+from plquant.files import PARTIAL, clear_partial, json_text, replacing, sha256, write_json, write_together
 from plquant.formats.checkpoint import INDEX, REST, block_shard, index_of, save_tensors
-from plquant.manifest import MANIFEST, tensor_checksums, write_manifest
+from plquant.manifest import tensor_checksums, write_manifest
 
 RECIPE = "recipe.json"
 RUNNING = "model-block-running.ckpt"  # of the block being fitted
-DATA_SHA256 = "tokens_sha256"
+DATA_SHA256, WEIGHTS_SHA256 = "tokens_sha256", "weights_sha256"
 
 
 class RunFolder:
@@ -33,6 +33,7 @@ class RunFolder:
         # Objects (callbacks, plugins) by their class: an address would differ from run to run.
         self.recipe = json.loads(json.dumps(recipe, default=lambda value: type(value).__qualname__))
         self._rest: dict[str, Any] = {}  # checksums of what is outside the blocks
+        self._others: list[str] = []  # names of files that are no shards
 
     def check(self, needed_bytes: int) -> int:
         """Whether the run may start here, or go on with an interrupted run of the same recipe; changes nothing.
@@ -53,6 +54,9 @@ class RunFolder:
         there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
         if there and RECIPE not in there:
             raise ValueError(f"{flag} holds other files ({', '.join(there[:5])}); give a new or empty folder")
+        foreign = [name for name in there if name.endswith(".safetensors") and not _of_a_block(name) and name != REST]
+        if foreign:
+            raise ValueError(f"{flag} holds {', '.join(foreign)}, that no run wrote; take it out, or give a new folder")
         if any(_of_a_block(name) for name in there):
             self._require_same_recipe(flag)
         if INDEX in there:
@@ -68,9 +72,10 @@ class RunFolder:
         self._require_room(flag, needed_bytes - there_already)
         return done
 
-    def note_data(self, sha256: str) -> None:
-        """The sha256 of the calibration tokens, from here on part of the recipe."""
-        self.recipe.setdefault("data", {})[DATA_SHA256] = sha256
+    def note_inputs(self, tokens_sha256: str, weights_sha256: str) -> None:
+        """The sha256 of the calibration tokens and of the original's weights, from here on part of the recipe."""
+        self.recipe.setdefault("data", {})[DATA_SHA256] = tokens_sha256
+        self.recipe.setdefault("model", {})[WEIGHTS_SHA256] = weights_sha256
 
     def create(self, config: str | None = None) -> None:
         """Make the folder, note the recipe and the YAML that repeats the run, clear what was left half written.
@@ -79,17 +84,23 @@ class RunFolder:
             config: The YAML.
 
         Raises:
-            ValueError: The blocks finished there were calibrated on other tokens.
+            ValueError: The blocks finished there were calibrated on other tokens, or are of other weights.
         """
         if any(_of_a_block(path.name) for path in self.path.glob("*")):
             self._require_same_recipe(f"--output_dir={self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob(f"*{PARTIAL}"):
-            leftover.unlink()
-        write_json(self.path / RECIPE, self.recipe)
+        clear_partial(self.path)
+        self.write(lambda new: write_json(new / RECIPE, self.recipe))
         if config is not None:
-            with replacing(self.path / "config.yaml") as partial:
-                partial.write_text(config)
+            self.write(lambda new: (new / "config.yaml").write_text(config))
+
+    def write(self, write: Callable[[Path], object]) -> None:
+        """Keep what is none of the shards, and note the names for the certificate.
+
+        Args:
+            write: Writes files to the folder that it is given.
+        """
+        self._others += write_together(self.path, write)
 
     @property
     def recipe_sha256(self) -> str:
@@ -140,11 +151,8 @@ class RunFolder:
         records = {block_shard(index): _record(self.path / block_shard(index)) for index in range(num_blocks)}
         shards = {shard: json.loads(path.read_text()) for shard, path in records.items()} | {REST: self._rest}
         index = index_of(self.path, list(shards))
-        others = (
-            {*self.path.iterdir()} - {self.path / name for name in (*shards, INDEX, MANIFEST)} - {*records.values()}
-        )
         files = {shard: found["sha256"] for shard, found in shards.items()}
-        files |= {path.name: sha256(path) for path in others}
+        files |= {name: sha256(self.path / name) for name in self._others}
         files[INDEX] = hashlib.sha256(json_text(index).encode()).hexdigest()
         write_manifest(self.path, made, files, {shard: found["tensors"] for shard, found in shards.items()})
         write_json(self.path / INDEX, index)
@@ -161,8 +169,12 @@ class RunFolder:
         return "" if written == sha256(path) else f"{path.name} is not what was written, its sha256 differs"
 
     def _require_same_recipe(self, flag: str) -> None:
-        theirs, ours = _flat(json.loads((self.path / RECIPE).read_text())), _flat(self.recipe)
-        unknown_yet = set() if f"data.{DATA_SHA256}" in ours else {f"data.{DATA_SHA256}"}
+        try:
+            theirs = _flat(json.loads((self.path / RECIPE).read_text()))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{flag}: {RECIPE} is damaged, what the blocks there are of is lost; remove it") from error
+        ours = _flat(self.recipe)
+        unknown_yet = {f"data.{DATA_SHA256}", f"model.{WEIGHTS_SHA256}"} - ours.keys()
         differing = [key for key in sorted({*theirs, *ours} - unknown_yet) if theirs.get(key) != ours.get(key)]
         if differing:
             rows = "\n".join(f"  {key}: {theirs.get(key)} there, {ours.get(key)} asked for" for key in differing)

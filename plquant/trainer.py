@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ from plquant.distributed import launch, meeting, on_rank_zero, refused_by_any, r
 from plquant.files import write_json
 from plquant.finite import require_finite, require_finite_stream
 from plquant.formats.quantization_config import FORMAT
-from plquant.manifest import machine
+from plquant.manifest import hashed, machine
 from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
 from plquant.nn.packed_structure import PackedStructure
@@ -145,10 +146,10 @@ class BlockwiseTrainer(L.Trainer):
             ids = ids[: datamodule.batch_size * self._share[1]]
         if not self.block_parallel:
             require_even(self, len(ids))
-        weights = model.blocks
+        weights, digest = model.blocks, hashlib.sha256()
         with weights.on_demand():
-            require_finite(model.lm, ids[:1], model.named_weights())
-        folder.note_data(ids_sha256(ids))
+            require_finite(model.lm, ids[:1], hashed(model.named_weights(), digest))
+        folder.note_inputs(ids_sha256(ids), digest.hexdigest())
         on_rank_zero(self, lambda: folder.create(self.run_config))
         on_disk = folder.path if self.activations == "disk" else None
         probe = self._probe(model, grid)
@@ -194,11 +195,11 @@ class BlockwiseTrainer(L.Trainer):
         if evaluate:
             report.perplexities[report.title] = self._perplexity(model, datamodule, on_disk)
         report.seconds = time.monotonic() - started
+        on_rank_zero(self, lambda: folder.write(report.write))
+        made = {"recipe": folder.recipe, "machine": machine(), **report.made(began)}
+        on_rank_zero(self, lambda: folder.finish(len(blocks), made))  # for every process that looks at it
         if self.is_global_zero:
-            report.write(folder.path)
-            folder.finish(len(blocks), {"recipe": folder.recipe, "machine": machine(), **report.made(began)})
             report.print()
-        self.strategy.barrier()  # the folder is finished for every process that looks at it
         return report
 
     def plan(self, model: QuantizedLM, datamodule: TextData) -> Plan:

@@ -248,6 +248,7 @@ def write_tuned(folder: Path, output_dir: Path, changed: dict[str, Tensor], done
                 (new / name).chmod((folder / name).stat().st_mode)  # safetensors makes its files private
                 tensors[name] = tensor_checksums(shard)
             elif name != INDEX:
+                (new / name).parent.mkdir(exist_ok=True)
                 shutil.copy2(folder / name, new / name)
         write_json(new / TUNED, asdict(done))
         with open(new / "README.md", "a") as card:
@@ -287,7 +288,7 @@ def _check(folder: Path, output_dir: Path, loss: Loss, lr: float, held_out: floa
     tensor_names(folder)
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
         raise ValueError(f"--output_dir={output_dir} is there already; give a new or empty folder")
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in folder.rglob("*"))
     parent = next(p for p in output_dir.absolute().parents if p.is_dir())
     if (free := shutil.disk_usage(parent).free) < size:
         raise OSError(
