@@ -21,13 +21,17 @@ class Plan:
 
     Attributes:
         linears: Number of linears that will be quantized.
-        least_bytes: Of the tensors that will be written, but those of run-time operations; less than the next only
-            where the method chooses the axis of groups.
+        least_bytes: Of the tensors that will be written, those of run-time operations as a block that was tried has
+            them; less than the next only where the method chooses the axis of groups, or channels to split and merge.
         output_bytes: The most that they can be.
+        online_bytes: How many of these are of run-time operations.
         effective_bits: Per quantized weight, with run-time operations as a block that was tried has them.
         online_share: Multiply-adds of run-time operations in units of those of the linears, by the same block.
-        peak_bytes: Greatest memory of the process, about.
-        disk_bytes: Of what is written, and of activations on disk.
+        peak_bytes: Greatest memory of a process, about.
+        gpu_bytes: Greatest memory of a GPU while blocks are calibrated, about; 0 without one.
+        model_bytes: Of the model as it is evaluated, on the GPU if there is one; of one block with streaming.
+        processes: How many there are on a machine.
+        disk_bytes: Of what is written, and of the activations on disk of a machine's processes.
         seconds: Of the calibration of all blocks, about.
         runs_in: What opens the result.
     """
@@ -35,9 +39,13 @@ class Plan:
     linears: int
     least_bytes: int
     output_bytes: int
+    online_bytes: int
     effective_bits: float
     online_share: float
     peak_bytes: int
+    gpu_bytes: int
+    model_bytes: int
+    processes: int
     disk_bytes: int
     seconds: float
     runs_in: str
@@ -76,28 +84,40 @@ class Plan:
             trial.outside[0] + blocks * trial.cost.online_bits,
             trial.outside[1] + blocks * trial.cost.online_macs,
         )
+        by_data = sum(part.bytes_a_channel for part in method.parts) * sum(width for _, width in shapes.values())
+        online = by_data or round(bits / 8)
+        least, most = least + (0 if by_data else online), most + online
         return cls(
-            len(shapes),
-            least,
-            most,
-            effective_bits(shapes, dict.fromkeys(shapes, grid), dtype, bits),
-            macs / weights,
-            trial.peak_bytes + LATER + model - trial.held_bytes + max(streams - trial.stream_bytes, 0),
-            most + (run.stream_bytes if run.on_disk else 0),
-            run.fits * trial.block_seconds(run.samples, steps, weights / run.fits),
-            _runs_in(shapes, method, activations),
+            linears=len(shapes),
+            least_bytes=least,
+            output_bytes=most,
+            online_bytes=online,
+            effective_bits=effective_bits(shapes, dict.fromkeys(shapes, grid), dtype, bits),
+            online_share=macs / weights,
+            peak_bytes=trial.peak_bytes + LATER + model - trial.held_bytes + max(streams - trial.stream_bytes, 0),
+            gpu_bytes=trial.gpu_bytes,
+            model_bytes=model,
+            processes=run.processes,
+            disk_bytes=most + (run.stream_bytes * run.processes if run.on_disk else 0),
+            seconds=run.fits * trial.block_seconds(run.samples, steps, weights / run.num_fits)
+            + (run.num_fits - run.fits) * trial.pass_seconds(run.samples, weights / run.num_fits),
+            runs_in=_runs_in(shapes, method, activations),
         )
 
     def lines(self) -> list[str]:
         """For the terminal."""
         size = f"{self.output_bytes / 2**20:.1f} MiB"
         if self.least_bytes < self.output_bytes:
-            size = f"{self.least_bytes / 2**20:.1f} to {size}, by the axes chosen,"
+            size = f"{self.least_bytes / 2**20:.1f} to {size}, by what is chosen for each linear,"
+        if self.online_bytes:
+            size += f" ({self.online_bytes / 2**20:.1f} of run-time operations at the most)"
+        each = f", in each of {self.processes} processes" if self.processes > 1 else ""
+        on_gpu = f"; of a GPU's {self.gpu_bytes / 2**30:.2f}, and {self.model_bytes / 2**30:.2f} to evaluate"
         return [
             f"{self.linears} linears will be quantized, {self.effective_bits:.3f} effective bits per weight, "
             f"run-time MACs +{self.online_share:.1%}",
             f"{size} of tensors will be written, {self.disk_bytes / 2**30:.2f} GiB of disk are needed at the most",
-            f"about {self.peak_bytes / 2**30:.2f} GiB of memory at the most",
+            f"about {self.peak_bytes / 2**30:.2f} GiB of memory at the most{on_gpu if self.gpu_bytes else ''}{each}",
             f"about {self.seconds / 60:.1f} minutes of calibration on this machine, by a block that was timed; reading "
             "and evaluation come on top",
             f"the result opens in {self.runs_in}",
@@ -109,15 +129,18 @@ class Run:
     """What decides the time and memory of a run, beside the model and the method.
 
     Attributes:
-        fits: Number of fits.
-        samples: Calibration samples.
+        num_fits: Number of fits.
+        fits: Of these in a process.
+        samples: Calibration samples of a process.
         batch_size: Of them in a step.
         epochs: Passes over them, where anything is learned.
-        stream_bytes: Of all activations between two blocks.
+        stream_bytes: Of all activations between two blocks, of a process.
         on_disk: They are on disk.
         streaming: One block's weights are in memory at a time.
+        processes: How many there are on a machine.
     """
 
+    num_fits: int
     fits: int
     samples: int
     batch_size: int
@@ -125,6 +148,7 @@ class Run:
     stream_bytes: int
     on_disk: bool
     streaming: bool
+    processes: int
 
 
 def output_range(

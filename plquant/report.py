@@ -292,12 +292,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def gpu_bytes() -> int:
+    """Greatest allocation on this process's GPU; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 def peak_memory() -> str:
     """Greatest resident memory of this process, and on a GPU the greatest allocation, in GiB."""
-    text = f"{peak_bytes() / 2**30:.2f} GiB"
-    if torch.cuda.is_available():
-        text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    return text
+    on_gpu = f", GPU {gpu_bytes() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
+    return f"{peak_bytes() / 2**30:.2f} GiB{on_gpu}"
 
 
 def versions() -> dict[str, str]:

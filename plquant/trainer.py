@@ -31,28 +31,26 @@ from plquant.blocks.stream_files import copy_of, pieces
 from plquant.callbacks import BlockProgress
 from plquant.data.base import TextData, ids_sha256, share_of
 from plquant.distributed import launch, meeting, on_rank_zero, refused_by_any, require_even, require_supported, say
-from plquant.files import write_json
 from plquant.finite import require_finite, require_finite_stream
 from plquant.formats.quantization_config import FORMAT
 from plquant.manifest import hashed, machine
 from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
 from plquant.nn.packed_structure import PackedStructure
-from plquant.perplexity import PerplexityResult
+from plquant.perplexity_trainer import PerplexityTrainer
 from plquant.plan import Plan, Run, output_range
 from plquant.quant.grid import IntGrid
 from plquant.quiet import interruptible, quiet, without_bar
 from plquant.recipe import recipe, require_streamable, stream_bytes, trainer_entry
 from plquant.report import BlockRecord, Report
 from plquant.run_folder import RUNNING, RunFolder, running_of
-from plquant.tasks import lines, load_tasks, measure
 from plquant.trial import try_block
 
 SAME = 1e-5  # relative difference of two errors summed in another order
 PRECISIONS = ("bf16-mixed", "32-true")
 
 
-class BlockwiseTrainer(L.Trainer):
+class BlockwiseTrainer(PerplexityTrainer):
     """A Lightning Trainer; ``calibrate`` fits each block of a language model with a fresh one of the same arguments.
 
     Args:
@@ -215,10 +213,19 @@ class BlockwiseTrainer(L.Trainer):
         grid = model.weights.resolve(shapes)
         method = self._probe(model, grid)
         title = Report(model.checkpoint, method.title, grid, model.activations).title
-        samples, batch_size = datamodule.num_samples // self.world_size, datamodule.batch_size
-        epochs = self.max_epochs or 1
-        where = (stream_bytes(model, datamodule, method), self.activations == "disk", model.streaming)
-        run = Run(model.num_fits(shapes), samples, batch_size, epochs if method.learnables() else 0, *where)
+        fits, shares = model.num_fits(shapes), self._share[1]  # of the samples; or each process has some of the blocks
+        samples, batch_size = datamodule.num_samples // shares, datamodule.batch_size
+        run = Run(
+            num_fits=fits,
+            fits=-(-fits // self.world_size) if self.block_parallel else fits,
+            samples=samples,
+            batch_size=batch_size,
+            epochs=(self.max_epochs or 1) if method.learnables() else 0,
+            stream_bytes=stream_bytes(model, datamodule, method) // shares,
+            on_disk=self.activations == "disk",
+            streaming=model.streaming,
+            processes=self.num_devices,
+        )
         text = (samples, datamodule.seq_len, batch_size)
         fit = partial(self._try, model, batch_size)
         trial = try_block(model.sample(), grid, model.activations, *text, method.parts, fit)
@@ -385,68 +392,6 @@ class BlockwiseTrainer(L.Trainer):
             block.map_(x_q, at_once(x_q))
         block.put_away()
         return BlockRecord(**found["record"])
-
-    def validate(  # type: ignore[override]
-        self,
-        model: QuantizedLM,
-        datamodule: TextData,
-        result_file: str = "perplexity.json",
-        baseline: str | None = None,
-        tasks: str | None = None,
-        task_data: str | None = None,
-        task_limit: int | None = None,
-    ) -> PerplexityResult:
-        """Measure perplexity, print it and write it as JSON with the protocol it was measured under.
-
-        Windows do not overlap, every token but the first of each window counts, the incomplete last window is dropped.
-
-        Args:
-            model: The model to measure.
-            datamodule: The text.
-            result_file: JSON file to write.
-            baseline: JSON file of an earlier measurement to compare with; refused if its protocol differs.
-            tasks: Names of lm-eval, such as piqa,arc_easy, or its YAML files: their accuracy is measured too.
-            task_data: Folder with a file for each task (piqa.jsonl); null takes their data from the hub.
-            task_limit: Of each task answer the first so many questions; null answers all.
-        """
-        protocol = datamodule.evaluation_text(model).protocol
-        earlier = None if baseline is None else PerplexityResult.read(baseline)
-        if earlier is not None:  # refuse now what would not compare, not after the work
-            PerplexityResult(model.checkpoint, 0.0, self._precision_of(model), protocol).check_compares(earlier)
-        if not Path(result_file).absolute().parent.is_dir():
-            raise ValueError(f"--result_file={result_file}: there is no such folder")
-        asked = None if tasks is None else load_tasks(model, tasks, task_data, self.world_size)
-        result = self._perplexity(model, datamodule)
-        accuracy = {}
-        if asked is not None:
-            with self.strategy.precision_plugin.forward_context():
-                accuracy = measure(model, *asked, self.strategy.root_device, datamodule.batch_size, task_limit)
-        if self.is_global_zero:
-            write_json(Path(result_file), result.as_dict() | ({"tasks": accuracy} if accuracy else {}))
-        say(f"{result.line()}; written to {result_file}")
-        if earlier is not None:
-            say(result.compare(earlier).line(earlier))
-        for line in lines(accuracy):
-            say(line)
-        return result
-
-    def _perplexity(self, model: QuantizedLM, datamodule: TextData, folder: Path | None = None) -> PerplexityResult:
-        windows = share_of(datamodule.evaluation_text(model).windows, self.global_rank, self.world_size)
-        context = self.strategy.precision_plugin.forward_context
-        with quiet(), interruptible(), model.known_outputs(windows, self.strategy.root_device, context, folder):
-            super().validate(model, datamodule=datamodule, verbose=False)
-        protocol = datamodule.evaluation_text(model).protocol
-        asked = protocol["tokens"] - protocol["windows"]  # all but the first token of every window
-        if (seen := model.nll.seen()) != asked:
-            raise ValueError(
-                f"{seen} of {asked} tokens were measured: a perplexity is that of the whole text "
-                "asked for. Leave out --trainer.limit_val_batches and --trainer.fast_dev_run; use --data.eval_windows."
-            )
-        nll, precision = model.nll, self._precision_of(model)
-        return PerplexityResult(model.checkpoint, float(nll.compute()), precision, protocol, nll.windows())
-
-    def _precision_of(self, model: QuantizedLM) -> str:
-        return f"{str(model.load_dtype).removeprefix('torch.')}, {self.precision}"
 
     def _check(self, model: QuantizedLM, datamodule: TextData, output_dir: str) -> tuple[IntGrid, RunFolder, int]:
         """Refuse what cannot work before any long work; the settled grid, the folder, and the blocks finished in it."""

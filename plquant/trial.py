@@ -19,7 +19,7 @@ from plquant.blocks.quant_block import QuantBlock
 from plquant.nn.cost import Cost
 from plquant.parts.base import Part
 from plquant.quant.grid import ActivationGrid, IntGrid
-from plquant.report import peak_bytes
+from plquant.report import gpu_bytes, peak_bytes
 
 STEPS = 3  # at least
 
@@ -31,28 +31,36 @@ class Trial:
     Attributes:
         seconds: Of what does not depend on the samples: starting, folding, packing.
         sample_seconds: Of all forward passes without gradients, for each sample.
+        passes: How many these are, about.
         step_seconds: Of a step; 0 where nothing is learned.
         weights: Numbers in the block's linears.
         held_bytes: Parameters of the block and of what is outside of the blocks.
         stream_bytes: Of the streams.
         peak_bytes: Greatest memory of the process.
+        gpu_bytes: Greatest memory of its GPU; 0 without one.
         cost: Of the block as the method packed it.
         outside: Bits and multiply-adds of the run-time operations outside of blocks.
     """
 
     seconds: float
     sample_seconds: float
+    passes: float
     step_seconds: float
     weights: int
     held_bytes: int
     stream_bytes: int
     peak_bytes: int
+    gpu_bytes: int
     cost: Cost
     outside: tuple[int, int]
 
     def block_seconds(self, samples: int, steps: int, weights: float) -> float:
         """Of a block with so many weights, on so many samples and with so many steps."""
         return (self.seconds + samples * self.sample_seconds + steps * self.step_seconds) * weights / self.weights
+
+    def pass_seconds(self, samples: int, weights: float) -> float:
+        """Of a block that only runs, once for each sample."""
+        return samples * self.sample_seconds / self.passes * weights / self.weights
 
 
 def try_block(
@@ -96,21 +104,35 @@ def try_block(
     whole, inside = Cost.of(lm), Cost.of(block)
     outside = whole.online_bits - inside.online_bits, whole.online_macs - inside.online_macs
     cost = packed.cost or inside
-    return Trial(seconds, passes.seconds / samples, step, weights, held, 2 * x.nbytes, peak_bytes(), cost, outside)
+    return Trial(
+        seconds=seconds,
+        sample_seconds=passes.seconds / samples,
+        passes=passes.sequences / samples,
+        step_seconds=step,
+        weights=weights,
+        held_bytes=held,
+        stream_bytes=2 * x.nbytes,
+        peak_bytes=peak_bytes(),
+        gpu_bytes=gpu_bytes(),
+        cost=cost,
+        outside=outside,
+    )
 
 
 class _Passes:
     """Seconds that a block spends in forward passes without gradients, also in those that are not finished."""
 
     def __init__(self, block: QuantBlock) -> None:
-        self.seconds, forward = 0.0, block.forward
+        self.seconds, self.sequences, forward = 0.0, 0, block.forward
 
         def timed(x: Tensor) -> Tensor:
             began = time.perf_counter()
             try:
                 return forward(x)
             finally:
-                self.seconds += 0.0 if torch.is_grad_enabled() else time.perf_counter() - began
+                if not torch.is_grad_enabled():
+                    self.seconds += time.perf_counter() - began
+                    self.sequences += len(x)
 
         block.forward = timed  # type: ignore[method-assign]
 

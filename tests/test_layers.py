@@ -44,6 +44,7 @@ BELOW = {
         *["architectures", "quant", "formats", "blocks", "block_module"],
         *["perplexity", "sources", "run_folder", "packed_model"],
     ],
+    "perplexity_trainer": ["data", "distributed", "files", "model", "perplexity", "quiet", "tasks"],
     "trainer": [
         *[
             "",
@@ -54,13 +55,12 @@ BELOW = {
             "block_checkpoint",
             "data",
             "distributed",
-            "files",
             "formats",
             "model",
             "callbacks",
         ],
-        *["callbacks", "finite", "manifest", "perplexity", "plan", "quiet", "recipe", "report", "run_folder"],
-        *["tasks", "trial"],
+        *["finite", "manifest", "plan", "quiet", "recipe", "report", "run_folder"],
+        *["perplexity_trainer", "trial"],
     ],
 }
 PURE = {"quant", "transforms", "kernels"}  # never lightning or transformers

@@ -1,5 +1,6 @@
 """What is foretold is what comes about."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,9 +54,11 @@ def test_size_bits_and_where_it_opens(name: str, checkpoint: Path, tmp_path: Pat
     report = trainer.calibrate(model, data, output_dir=str(tmp_path / "out"), evaluate=False)
     tensors = [item for shard in (tmp_path / "out").glob("*.safetensors") for item in load_file(shard).items()]
     beside = sum(t.nbytes for n, t in tensors if ".online." in n or ".inputs." in n)
-    written = sum(t.nbytes for _, t in tensors) - beside
+    written = sum(t.nbytes for _, t in tensors)
     assert plan.least_bytes <= written <= plan.output_bytes
-    assert (plan.least_bytes == plan.output_bytes) == (name not in ("AdaDim", "no rotations of Light"))
+    assert plan.online_bytes == beside or (name == "QLLM" and plan.online_bytes > beside)  # the data decides
+    assert plan.output_bytes < (1.15 if name != "QLLM" else 1.5) * written  # of few outputs here
+    assert (plan.least_bytes == plan.output_bytes) == (name not in ("AdaDim", "no rotations of Light", "QLLM"))
     assert report.opens_in_stock == ("plquant.load only" not in opens) and report.cost is not None
     found = pytest.approx((report.cost.effective_bits, report.cost.online_share), rel=1e-6 if name != "QLLM" else 0.1)
     assert (plan.effective_bits, plan.online_share) == found
@@ -121,24 +124,59 @@ def test_time_follows_from_samples_and_epochs(checkpoint: Path, monkeypatch: pyt
 
 MEASURE = """
 import sys
+from functools import partial
 import plquant as pq
 from plquant.report import peak_bytes
-checkpoint, out, streaming = sys.argv[1:]
-model = pq.QuantizedLM(checkpoint, pq.methods.RTN, pq.IntGrid(4, 128), streaming=streaming == "True")
+what, checkpoint, out, method, streaming = sys.argv[1:6]
+model = pq.QuantizedLM(checkpoint, getattr(pq.methods, method), pq.IntGrid(4, 128), streaming=streaming == "True")
 data = pq.data.BuiltinText(num_samples=4, seq_len=128)
-trainer = pq.BlockwiseTrainer(accelerator="cpu", enable_progress_bar=False)
-planned = trainer.plan(model, data).peak_bytes
-trainer.calibrate(model, data, output_dir=out, evaluate=False)
-print("measured", planned, peak_bytes())
+options = {"devices": 2, "strategy": "ddp"} if sys.argv[6:] else {}
+trainer = pq.BlockwiseTrainer(
+    max_epochs=1, accelerator="cpu", enable_progress_bar=False, block_parallel=sys.argv[6:] == ["apart"], **options
+)
+if what == "plan":
+    print("measured", trainer.plan(model, data).peak_bytes)
+else:
+    trainer.calibrate(model, data, output_dir=out, evaluate=False)
+    print("measured", peak_bytes(), flush=True)
 """
+HEAVY = pytest.mark.slow
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_memory_is_within_15_percent(streaming: bool, large: Path, tmp_path: Path) -> None:
-    arguments = [str(large), str(tmp_path / "out"), str(streaming)]
-    ran = subprocess.run([sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True)
-    planned, measured = map(int, ran.stdout.split("measured")[-1].split())
-    assert planned == pytest.approx(measured, rel=0.15)
+# Two processes, so that the one does not measure what the other has taken
+@pytest.mark.parametrize(
+    ("method", "streaming", "processes"),
+    [
+        ("RTN", False, ""),
+        ("OmniQuant", True, ""),
+        pytest.param("RTN", True, "", marks=HEAVY),
+        pytest.param("GPTQ", True, "", marks=HEAVY),
+        pytest.param("AffineQuant", True, "", marks=HEAVY),
+        pytest.param("Light", True, "", marks=HEAVY),
+        pytest.param("Best", True, "", marks=HEAVY),
+        pytest.param("OmniQuant", False, "ddp", marks=HEAVY),
+        pytest.param("Best", True, "ddp", marks=HEAVY),
+        pytest.param("OmniQuant", True, "apart", marks=HEAVY),
+    ],
+)
+def test_memory_is_within_15_percent(method: str, streaming: bool, processes: str, large: Path, tmp_path: Path) -> None:
+    arguments = [str(large), str(tmp_path / "out"), method, str(streaming), *filter(None, [processes])]
+    script = tmp_path / "measure.py"  # Lightning starts the second process by its file
+    script.write_text(MEASURE)
+    (planned,), measured = (
+        [int(line.split()[1]) for line in ran.stdout.splitlines() if line.startswith("measured")]
+        for ran in (
+            subprocess.run(
+                [sys.executable, script, what, *arguments],
+                check=True,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+            )
+            for what in ("plan", "run")
+        )
+    )
+    assert len(measured) == (2 if processes else 1) and planned == pytest.approx(max(measured), rel=0.15)
 
 
 def test_activations_count_where_they_are(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +190,28 @@ def test_activations_count_where_they_are(checkpoint: Path, monkeypatch: pytest.
     streams = 2 * 1000 * 128 * 64 * 2  # of 64 channels in bf16
     assert disk.disk_bytes == memory.disk_bytes + streams
     assert memory.peak_bytes - disk.peak_bytes == pytest.approx(streams, rel=0.05)
+
+
+def test_processes_share_samples_or_blocks_and_the_disk(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plquant.trial.peak_bytes", lambda: 10**9)
+    monkeypatch.setattr("plquant.trial.gpu_bytes", lambda: 2**30)
+    model = pq.QuantizedLM(str(checkpoint), pq.methods.OmniQuant, pq.IntGrid(3, 16))
+    data = pq.data.BuiltinText(num_samples=1000, seq_len=128)
+    shared: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1}
+    two: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+    streams = 2 * 1000 * 128 * 64 * 2
+    one = pq.BlockwiseTrainer(**shared).plan(model, data)
+    split = pq.BlockwiseTrainer(**shared, **two).plan(model, data)
+    apart = pq.BlockwiseTrainer(**shared, **two, block_parallel=True).plan(model, data)
+    assert one.peak_bytes - split.peak_bytes == pytest.approx(streams / 2, rel=0.05)
+    assert one.peak_bytes == apart.peak_bytes  # each process has all samples
+    sizes = [
+        pq.BlockwiseTrainer(**shared, **more, activations="disk").plan(model, data).disk_bytes - one.output_bytes
+        for more in ({}, two, two | {"block_parallel": True})
+    ]
+    assert sizes == [streams, streams, 2 * streams]
+    assert "in each of 2 processes" in split.lines()[2] and "processes" not in one.lines()[2]
+    assert "of a GPU's 1.00, and 0.00 to evaluate" in one.lines()[2]
 
 
 @pytest.fixture(scope="module")

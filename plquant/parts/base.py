@@ -63,6 +63,7 @@ class Part:
     place: ClassVar[str]  # in LEGAL_ORDER
     axes: ClassVar[tuple[Axis, ...]] = ()  # along which it may put groups, besides the grid's own
     runs_later: bool = False  # leaves operations that run with the model, on one model or another
+    bytes_a_channel: ClassVar[int] = 0  # of these at most, for an input channel of a linear, where the data decides
     changes_model: bool = False  # ``prepare`` changes the blocks
     options: dict[str, Any]  # what it was made with, for the record of the run
 

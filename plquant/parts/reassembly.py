@@ -47,6 +47,7 @@ class Reassembly(Part):
 
     place = "reassembly"
     runs_later = True
+    bytes_a_channel = 16  # a place in the gather, two numbers for one that is merged, and an offset
 
     def __init__(self, block: QuantBlock, removal: Literal["drop", "merge"] = "drop", compensate: bool = True) -> None:
         super().__init__(block)
