@@ -31,6 +31,7 @@ test: check
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest tests/test_hostile.py -k any
 
 clean:
 	rm -rf .venv out

@@ -76,14 +76,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """A sentence for each file that is not what the run wrote; of a shard it names the tensors."""
+    """A sentence for each file that is not what the run wrote, or not what it ran; of a shard it names the tensors."""
     found = []
     for name, expected in manifest["files"].items():
         if not (folder / name).is_file():
             found.append(f"{name} is missing")
-        elif sha256(folder / name) != expected:
-            tensors = manifest["tensors"].get(name)
-            found.append(f"{name} is damaged" + ("" if tensors is None else f": {_which(folder / name, tensors)}"))
+            continue
+        is_other, tensors = sha256(folder / name) != expected, manifest["tensors"].get(name)
+        wrong = "" if tensors is None else _which(folder / name, tensors)
+        if is_other or wrong:
+            found.append(f"{name} is damaged" + ("" if tensors is None else f": {wrong or 'its header'}"))
     known = {*manifest["files"], MANIFEST}
     return found + [f"{p.name} is not the run's" for p in folder.glob("*.safetensors") if p.name not in known]
 
@@ -101,7 +103,7 @@ def machine() -> dict[str, Any]:
 
 
 def _which(shard: Path, expected: Mapping[str, str]) -> str:
-    """The tensors that differ."""
+    """The tensors that differ; empty if none does."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -111,7 +113,7 @@ def _which(shard: Path, expected: Mapping[str, str]) -> str:
     except (SafetensorError, OSError) as error:
         return f"its header or length ({error})"
     wrong = sorted(name for name in {*expected, *found} if found.get(name) != expected.get(name))
-    return ", ".join(wrong) or "its header"
+    return ", ".join(wrong)
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANT_METHOD = "plquant"
+# What building and filling a model raises where it is described by nonsense
+DAMAGED = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -129,15 +131,21 @@ def load(
             the product of code and scale to the model's dtype, which differs from these by that rounding.
 
     Raises:
-        ValueError: The folder's model is not quantized in a format that plquant reads.
+        ValueError: The folder's model is not quantized in a format that plquant reads, or damaged.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        raise ValueError(f"{folder} holds no quantized model; give the output folder of `plquant calibrate`")
-    PackedConfig(stored).structure(tensor_names(Path(folder)))  # refuses other formats
-    config.quantization_config = {"quant_method": QUANT_METHOD, "stored": stored, "kernels": kernels}
-    lm = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
-    )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        stored = getattr(config, "quantization_config", None)
+        if stored is None:
+            raise ValueError(f"{folder} holds no quantized model; give the output folder of `plquant calibrate`")
+        PackedConfig(stored).structure(tensor_names(Path(folder)))  # refuses other formats
+        config.quantization_config = {"quant_method": QUANT_METHOD, "stored": stored, "kernels": kernels}
+        lm = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
+        )
+    except DAMAGED as error:
+        raise ValueError(
+            f"{folder}: config.json or the tensors are not what plquant writes, {error!r}; `plquant verify` says which "
+            "is damaged"
+        ) from error
     return lm.eval().requires_grad_(False)

@@ -1,6 +1,7 @@
 """Files from elsewhere that are damaged or mean harm: one clear error, and nothing of them is run or left behind."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from plquant.cli import main
 from plquant.data.files import jsonl_rows, parquet_rows
 from plquant.sources import Source
 
-FEW = settings(max_examples=25)
+FEW = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "25")))  # make test-slow has more
 
 
 class Ran:
@@ -168,6 +169,52 @@ def test_any_config(data: st.DataObject, checkpoint: Path, tmp_path_factory: pyt
         assert model.lm is not None
 
     refuses_or_works(shapes_and_weights)
+
+
+JSON_VALUES = st.recursive(CONFIG_VALUES, lambda inner: st.dictionaries(st.text(max_size=3), inner, max_size=2))
+
+
+@FEW
+@given(data=st.data())
+def test_any_index(data: st.DataObject, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("index") / "model")
+    names = st.sampled_from(["model.safetensors", "../model.safetensors", "/etc/passwd", "a/b", "", ".", "x\0"])
+    names_map = st.dictionaries(st.sampled_from(["model.norm.weight", "x"]), names | CONFIG_VALUES, max_size=2)
+    index = data.draw(st.one_of(JSON_VALUES, st.fixed_dictionaries({"weight_map": names_map | JSON_VALUES})))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses_or_works(lambda: pq.QuantizedLM(str(folder), pq.methods.RTN).lm)
+
+
+@pytest.fixture(scope="module")
+def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a gather and quantized activations, which plquant's own part of the config describes."""
+    out = tmp_path_factory.mktemp("packed") / "out"
+    model = pq.QuantizedLM(str(checkpoint), pq.methods.QLLM, pq.IntGrid(3, 16), pq.ActivationGrid(4))
+    trainer = pq.BlockwiseTrainer(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    trainer.calibrate(model, pq.data.BuiltinText(num_samples=1, seq_len=32), output_dir=str(out), evaluate=False)
+    return out
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The keys that lead to every value of nested dictionaries and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [found for key, value in items for found in [(*path, key), *places(value, (*path, key))]]
+
+
+@FEW
+@given(data=st.data())
+def test_any_config_of_a_quantized_model(
+    data: st.DataObject, packed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = shutil.copytree(packed, tmp_path_factory.mktemp("packed") / "out")
+    config = json.loads((folder / "config.json").read_text())
+    *path, last = data.draw(st.sampled_from(places(config["quantization_config"])))
+    there: Any = config["quantization_config"]
+    for key in path:
+        there = there[key]
+    there[last] = data.draw(JSON_VALUES)
+    (folder / "config.json").write_text(json.dumps(config))
+    refuses_or_works(lambda: pq.load(folder))
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,10 @@ HOPELESS: dict[str, tuple[Any, dict[str, Any]]] = {
     "OmniQuant": (partial(pq.methods.OmniQuant, let_lr=5.0, lwc_lr=100.0, schedule="constant"), {}),
     "AffineQuant": (partial(pq.methods.AffineQuant, let_lr=5.0, schedule="constant"), {}),
     "QLLM": (partial(pq.methods.QLLM, lr=1.0), {"activations": ActivationGrid(4)}),
+    "Best": (
+        partial(pq.methods.Best, rounding_lr=10.0, lwc_lr=3.0, let_lr=10.0, schedule="constant"),
+        {"activations": ActivationGrid(4)},
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import plquant as pq
 from plquant import ActivationGrid, IntGrid
 from plquant.cli import main
-from plquant.formats.checkpoint import INDEX
+from plquant.formats.checkpoint import INDEX, save_tensors
 from plquant.manifest import MANIFEST
 from plquant.nn.packed_linear import PackedLinear
 from plquant.parts.rotation import Rotation
@@ -120,6 +120,20 @@ def test_one_wrong_bit_names_the_tensor(copied: Path) -> None:
     assert status(copied) == 1
 
 
+def test_a_bit_that_was_lost_on_the_way_to_the_disk_names_the_tensor(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is whole, and its sha256 that of what was written; the block ran with other codes."""
+    name = "model.layers.1.self_attn.q_proj.weight_packed"
+
+    def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        wrong = {key: tensor ^ 1 if key == name else tensor for key, tensor in tensors.items()}
+        save_tensors(path, wrong)
+
+    monkeypatch.setattr("plquant.run_folder.save_tensors", save)
+    assert failed(run(checkpoint, tmp_path / "out"))["files"] == f"model-block-001.safetensors is damaged: {name}"
+
+
 def test_what_is_missing_or_foreign_is_named(copied: Path) -> None:
     (copied / "blocks.csv").unlink()
     save_file({"x": torch.ones(1)}, copied / "model-block-003.safetensors")
@@ -138,11 +152,13 @@ def test_what_is_no_finished_run_is_a_usage_error(copied: Path, capsys: pytest.C
 def certify_again(folder: Path, name: str) -> None:
     """As a run would have, had it written this file."""
     from plquant.files import sha256
-    from plquant.manifest import read_manifest, write_manifest
+    from plquant.manifest import read_manifest, tensor_checksums, write_manifest
 
     manifest = read_manifest(folder)
-    files = manifest["files"] | {name: sha256(folder / name)}
-    write_manifest(folder, manifest["made"], files, manifest["tensors"])
+    files, tensors = manifest["files"] | {name: sha256(folder / name)}, manifest["tensors"]
+    if name in tensors:
+        tensors[name] = tensor_checksums(load_file(folder / name))
+    write_manifest(folder, manifest["made"], files, tensors)
 
 
 def test_a_linear_left_in_floating_point_fails(copied: Path) -> None:
