@@ -183,6 +183,7 @@ def _decompose(hessian: Tensor, energy: Tensor, order: Tensor, damp: float) -> t
             stacklevel=3,
         )
         damp = raised
+    del matrix  # beside the factor and its reverse the third of this size, in fp64
     root = factor.diagonal().clone()
     cost = torch.empty_like(energy).index_copy_(0, backwards, root.square())
     # The Cholesky factor of the reversed matrix, reversed again, is the upper triangular (F + 1) sqrt(D).
