@@ -102,7 +102,7 @@ class _Rotation(NamedTuple):
             matrix = keeping_mean(width, generator)
             return cls(width, MatrixOp(matrix[None]), MatrixOp(matrix.T[None]))
         left, right = (orthogonal(n, generator) for n in split_width(width))
-        return cls(width, KroneckerOp(left, right), KroneckerOp(left.T, right.T))
+        return cls(width, KroneckerOp.rotation(left, right), KroneckerOp.rotation(left.T, right.T))
 
 
 def _dense(rotation: _Rotation) -> Tensor:

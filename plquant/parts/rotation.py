@@ -59,7 +59,7 @@ class Rotation(Part):
         if block.quantizes_attention and "queries" in places:
             for attention in block.attentions:
                 factors = (orthogonal(n, rotate) for n in split_width(attention.head_dim))
-                block.rotate_heads_(attention, KroneckerOp(*factors))
+                block.rotate_heads_(attention, KroneckerOp.rotation(*factors))
 
     def prepare(self, lm: nn.Module, ids: Tensor) -> None:
         """Rotate the residual stream, if asked."""

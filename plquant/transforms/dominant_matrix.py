@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from plquant.transforms.gradual_mask import Share, gradual_mask
+from plquant.transforms.hadamard import near_root
 
 # Letters: h matrices, each n x n.
 
@@ -50,7 +51,7 @@ class DominantMatrix(nn.Module):
         super().__init__()
         self.count, self.size, self.stability = count, size, stability
         # The entries of a Hadamard matrix over sqrt(n) are made powers of two, which the inverse has in any dtype.
-        start = 0.0 if rotation is None else math.log(2.0 ** round(math.log2(size) / 2) / math.sqrt(size))
+        start = 0.0 if rotation is None else math.log(near_root(size) / math.sqrt(size))
         self.log_scale = nn.Parameter(torch.full((count * size,), start, dtype=torch.float32))
         self.off_diagonal = nn.Parameter(torch.zeros(count, size, size, dtype=torch.float32))
         self.register_buffer("opened", torch.zeros(size, size, dtype=torch.bool), persistent=False)

@@ -49,6 +49,11 @@ def orthogonal(n: int, generator: torch.Generator) -> Tensor:
     return matrix.double() * signs / math.sqrt(n)
 
 
+def near_root(n: int) -> float:
+    """The power of two next to sqrt(n): over it, not sqrt(n), entries of a Hadamard matrix are exact in any dtype."""
+    return 2.0 ** round(math.log2(n) / 2)
+
+
 def keeping_mean(n: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix Q that leaves the mean of a row where it is, fp64 [n, n]: ``Q 1 = 1``.
 

@@ -71,7 +71,8 @@ class KroneckerAffine(Transform):
     @torch.no_grad()
     def online_op(self) -> KroneckerOp:
         """The two inverses as they are now."""
-        return KroneckerOp(*(inverse.to(self.left.log_scale.dtype) for inverse in self._inverses()))
+        left, right = (inverse.to(self.left.log_scale.dtype) for inverse in self._inverses())
+        return KroneckerOp(left, right)
 
     def _inverses(self) -> tuple[Tensor, Tensor]:
         """P1^-T and P2^-1, in fp64."""

@@ -7,11 +7,14 @@ matrix before it is stored or when it is used gives the same numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from plquant.transforms.hadamard import near_root
 
 # Letters: I input channels of a linear; h blocks of n channels, or n1 x n2 channels of a Kronecker product.
 
@@ -74,20 +77,24 @@ def apply_matrix(x: Tensor, matrix: Tensor, shift: Tensor | None = None) -> Tens
     return torch.einsum("...hd,hde->...he", blocks, matrix.to(x.dtype)).flatten(-2)
 
 
-def apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``x (L^T kron R)`` as ``L X R`` with X [n1, n2] the row x, in the dtype of ``x``.
+def apply_kronecker(x: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale x (L^T kron R)`` as ``L X R`` with X [n1, n2] the row x, in the dtype of ``x``.
 
     Args:
         x: [..., n1 n2].
         left: L, [n1, n1].
         right: R, [n2, n2].
+        scale: Multiplied with the sums of the second product before they are rounded.
     """
     n1, n2 = len(left), len(right)
     rows = x.reshape(-1, n1, n2)
     # Not torch.matmul, which chooses its way by whether a gradient is wanted: the fold would not repeat the training
     # forward to the bit.
     half = torch.bmm(left.to(x.dtype).expand(len(rows), n1, n1), rows)
-    return half.view(-1, n2).mm(right.to(x.dtype)).view(x.shape)
+    half, right = half.view(-1, n2), right.to(x.dtype)
+    if scale == 1:
+        return half.mm(right).view(x.shape)
+    return torch.addmm(half.new_zeros(()), half, right, beta=0, alpha=scale).view(x.shape)
 
 
 class MatrixOp(OnlineOp):
@@ -128,30 +135,45 @@ class MatrixOp(OnlineOp):
 
 
 class KroneckerOp(OnlineOp):
-    """``x (L^T kron R)`` by two small products; what a Kronecker-factored matrix leaves.
+    """``scale x (L^T kron R)`` by two small products; what a Kronecker-factored matrix leaves.
 
     Args:
         left: L, [n1, n1].
         right: R, [n2, n2].
+        scale: A number, kept in full precision.
     """
 
     kind = "kronecker"
     left: Tensor
     right: Tensor
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
+    def __init__(self, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.register_buffer("left", left.contiguous())
         self.register_buffer("right", right.contiguous())
 
     @classmethod
-    def empty(cls, left: int, right: int, dtype: str) -> KroneckerOp:
+    def rotation(cls, left: Tensor, right: Tensor) -> KroneckerOp:
+        """``x (L^T kron R)`` of two orthogonal matrices, fp64, orthogonal in any dtype if they are Hadamard matrices.
+
+        The entries of a Hadamard matrix over sqrt(n) are no numbers of bf16, and all of them are off by one and the
+        same factor: 1.001 at n = 12. Powers of two are, and the rest is a ``scale``.
+        """
+        n1, n = len(left), len(left) * len(right)
+        first, both = near_root(n1), near_root(n)
+        left, right = left * (math.sqrt(n1) / first), right * (math.sqrt(n // n1) * first / both)
+        return cls(left, right, both / math.sqrt(n))
+
+    @classmethod
+    def empty(cls, left: int, right: int, dtype: str, scale: float = 1.0) -> KroneckerOp:
         """One to load tensors into, of these widths."""
-        return cls(torch.empty(left, left), torch.empty(right, right)).to(_DTYPES[dtype])
+        return cls(torch.empty(left, left), torch.empty(right, right), scale).to(_DTYPES[dtype])
 
     def config(self) -> dict[str, Any]:
-        """Widths of the factors, and dtype."""
-        return {"left": len(self.left), "right": len(self.right), "dtype": _name(self.left.dtype)}
+        """Widths of the factors, dtype, and the scale if there is one."""
+        sizes = {"left": len(self.left), "right": len(self.right), "dtype": _name(self.left.dtype)}
+        return sizes if self.scale == 1 else {**sizes, "scale": self.scale}
 
     @property
     def macs_per_token(self) -> int:
@@ -161,4 +183,4 @@ class KroneckerOp(OnlineOp):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n1 n2] -> [..., n1 n2]."""
-        return apply_kronecker(x, self.left, self.right)
+        return apply_kronecker(x, self.left, self.right, self.scale)

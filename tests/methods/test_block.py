@@ -65,7 +65,8 @@ def without_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def scaled(weight: Tensor, grid: IntGrid, clip: Any, in_scale: Any, out_scale: Any, **dtypes: Any) -> Tensor:
         weight = weight if in_scale is None else weight * in_scale
-        return weight if out_scale is None else weight * out_scale[:, None]
+        weight = weight if out_scale is None else weight * out_scale[:, None]
+        return weight.to(dtypes["dtype"])
 
     monkeypatch.setattr("plquant.nn.fake_quant_linear.fake_quantize", scaled)
 

@@ -16,6 +16,7 @@ from plquant.blocks.capture import capture_inputs
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.proof import _AllDouble
 from plquant.blocks.quant_block import QuantBlock
+from plquant.blocks.stream import rotate_stream_
 from plquant.methods import Composed
 from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.cost import Cost
@@ -23,9 +24,11 @@ from plquant.nn.online import Online
 from plquant.nn.packed_structure import PackedStructure
 from plquant.parts.rotation import Rotation
 from plquant.quant.grid import ActivationGrid, IntGrid
+from plquant.transforms.hadamard import orthogonal, split_width
 from plquant.transforms.online import KroneckerOp
-from tests.families import FAMILIES
-from tests.methods.test_block import make_block
+from tests.families import FAMILIES, VOCAB, tiny_model
+from tests.methods.test_block import make_block, without_rounding
+from tests.transforms.toy import relative
 
 
 def quantizers(block: nn.Module) -> list[AttentionQuantizer]:
@@ -50,6 +53,53 @@ def test_scores_do_not_see_a_rotation_of_queries_and_keys(family: str, monkeypat
             assert isinstance(op, KroneckerOp)
             op.left.mul_(1.1)  # negative control: no longer orthogonal
         assert (block(x) - plain).norm() / plain.norm() > 1e-4
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 112])
+def test_in_bf16_scores_keep_their_size(head_dim: int) -> None:
+    """What bf16 rounds is noise, to either side; a factor on the matrices would be one on all scores."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(400, head_dim, generator=generator).bfloat16() for _ in range(2))
+    scores = q.double() @ k.double().T
+
+    def gain(op: KroneckerOp) -> float:
+        return float((op(q).double() @ op(k).double().T * scores).sum() / scores.square().sum()) - 1
+
+    factors = [orthogonal(n, generator) for n in split_width(head_dim)]
+    assert abs(gain(KroneckerOp.rotation(*factors).bfloat16())) < 2e-4  # 1e-4
+    assert abs(gain(KroneckerOp(*factors).bfloat16())) > 3e-4  # 4e-4, 2e-3, 5e-3
+
+
+BEHIND_NORMS: list[Any] = ["norms", "values", "queries", "linears"]
+IN_STREAM: list[Any] = ["residual", "values", "queries"]
+
+
+@pytest.mark.parametrize(
+    ("family", "places"),
+    [*((family, BEHIND_NORMS) for family in ("llama", "gemma2", "opt")), ("qwen3", IN_STREAM), ("opt", IN_STREAM)],
+)
+def test_in_bf16_rotations_move_a_model_by_what_bf16_rounds(
+    family: str, places: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without rounding to integers, as near to the same weights in float64 as the model itself in bf16."""
+    without_rounding(monkeypatch)
+    monkeypatch.setattr("plquant.nn.attention.quantize_tokens", lambda x, *_: x)
+    ids = torch.randint(3, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))
+    exact, lm = (tiny_model(family, head_dim=24, tie_word_embeddings=True).bfloat16() for _ in range(2))
+    with torch.no_grad():
+        exact.double()
+        target, plain = exact(ids, use_cache=False).logits, lm(ids, use_cache=False).logits
+        if "residual" in places:
+            rotate_stream_(lm, ids)
+        for block in prepare_blocks(lm, IntGrid(3, 8), ids, ActivationGrid(4)):
+            Rotation(block, places=places)
+            for linear in block.linears.values():
+                linear.inputs = None
+        rotated = lm(ids, use_cache=False).logits
+        assert 0 < relative(rotated, target) < 1.7 * relative(plain, target)  # 1.2 to 1.45, of 0.01
+        for op in (op for m in lm.modules() if isinstance(m, Online) for op in m):
+            next(op.buffers()).mul_(1.05)  # negative control
+        assert relative(lm(ids, use_cache=False).logits, target) > 2 * relative(plain, target)
 
 
 def test_what_is_written_is_what_ran() -> None:
