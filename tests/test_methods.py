@@ -28,7 +28,7 @@ from plquant.parts.rotation import Rotation
 from plquant.parts.rounding import GPTQRounding
 from plquant.parts.scale_shift import LET
 from plquant.report import Report
-from tests.families import stock, tiny_model
+from tests.families import byte_tokenizer, stock, tiny_model
 
 IDS = torch.arange(3, 43)[None]
 A4 = ActivationGrid(4)
@@ -75,14 +75,28 @@ QUANTIZED_ACTIVATIONS: dict[str, Make] = {
 }
 
 
-def calibrate(checkpoint: Path, out: Path, method: Make, **model_options: Any) -> tuple[Report, Tensor]:
+def calibrate(
+    checkpoint: Path, out: Path, method: Make, group_size: int = 16, **model_options: Any
+) -> tuple[Report, Tensor]:
     """The report, and the logits of the model in memory."""
-    model = pq.QuantizedLM(str(checkpoint), method, pq.IntGrid(3, 16), **model_options)
+    model = pq.QuantizedLM(str(checkpoint), method, pq.IntGrid(3, group_size), **model_options)
     data = pq.data.BuiltinText(num_samples=6, seq_len=48, eval_seq_len=64, eval_windows=2)
     trainer = pq.BlockwiseTrainer(max_epochs=2, accelerator="cpu", enable_progress_bar=False)
     report = trainer.calibrate(model, data, output_dir=str(out), evaluate=False)
     with torch.no_grad():
         return report, model.lm(IDS, use_cache=False).logits
+
+
+def saved(family: str, folder: Path, **overrides: Any) -> Path:
+    """A tiny model, and its tokenizer; groups along the input are better in one linear of each block."""
+    lm = tiny_model(family, fused=True, vocab_size=258, max_position_embeddings=256, **overrides)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if name.endswith(("o_proj.weight", "out_proj.weight")):
+                parameter[::4] *= 8
+    lm.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
@@ -155,11 +169,9 @@ def test_what_cannot_work_is_refused_before_the_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_axis_that_groups_do_not_divide_is_refused_before_the_run(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_axis_that_groups_do_not_divide_is_refused_before_the_run(tmp_path: Path) -> None:
     """One key-value head of 8 channels: groups of 16 run along the input of k, not along its output."""
-    lm = tiny_model("llama_mqa", vocab_size=258, max_position_embeddings=256)
-    lm.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    saved("llama_mqa", tmp_path / "model")
     with pytest.raises(ValueError, match=r"group_size=16 does not divide(?s:.)*[kv]_proj  out_features=8"):
         calibrate(tmp_path / "model", tmp_path / "out", pq.methods.AdaDim)
     assert not (tmp_path / "out").exists()
@@ -193,6 +205,16 @@ def test_methods_without_matrices_say_nothing_of_condition_numbers(checkpoint: P
     assert not any("condition" in line for line in report.summary())
 
 
+def test_the_folder_a_run_is_written_to_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """As a name with "ada" in it does in the released code, which takes it for the choice of the axis."""
+    for name, other in (("RTN", "AdaDim on RTN"), ("AdaDim on RTN", "RTN")):
+        written = []
+        for folder in (name, f"{other} ada"):
+            calibrate(checkpoint, tmp_path / name / folder, WEIGHT_ONLY[name])
+            written.append({path.name: path.read_bytes() for path in (tmp_path / name / folder).glob("*.safetensors")})
+        assert written[0] == written[1] and written[0]
+
+
 def test_blocks_fitted_together(checkpoint: Path, tmp_path: Path) -> None:
     """Three blocks in runs of two: the last run is shorter, and no block is left unquantized."""
     report, logits = calibrate(checkpoint, tmp_path / "out", pq.methods.QLLM, activations=A4, blocks_per_fit=2)
@@ -202,22 +224,45 @@ def test_blocks_fitted_together(checkpoint: Path, tmp_path: Path) -> None:
         assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "phi3", "gemma3", "qwen3", "opt", "stablelm"])
-def test_other_architectures(family: str, checkpoint: Path, tmp_path: Path) -> None:
+# OPT-350m: norms behind the residual sum, embeddings narrower than the stream.
+POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in ("mixtral", "qwen2_moe", "qwen3_moe", "phi3", "gemma2", "gemma3")},
+    **{family: (family, {}) for family in ("qwen2", "qwen3", "mistral", "llama_mqa", "opt", "stablelm")},
+    "opt, norms last": ("opt", POST_NORM),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(name: str, tmp_path: Path) -> None:
     """Experts, fused projections, norms of queries and keys, biases: all parts at once, saved, loaded and run."""
-    lm = tiny_model(family, fused=True, vocab_size=258, max_position_embeddings=256)
-    lm.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
-    _, logits = calibrate(tmp_path / "model", tmp_path / "out", QUANTIZED_ACTIVATIONS["everything"], activations=A4)
+    family, overrides = OTHERS[name]
+    checkpoint, method = saved(family, tmp_path / "model", **overrides), QUANTIZED_ACTIVATIONS["everything"]
+    _, logits = calibrate(checkpoint, tmp_path / "out", method, activations=A4)
     with torch.no_grad():
         assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
 
 
-def test_stock_refuses_experts_it_would_fill_with_random_numbers(checkpoint: Path, tmp_path: Path) -> None:
-    lm = tiny_model("mixtral", fused=True, vocab_size=258, max_position_embeddings=256)
-    lm.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
-    report, logits = calibrate(tmp_path / "model", tmp_path / "out", pq.methods.RTN)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "AffineQuant") for name in ("mistral", "qwen2", "gemma2", "llama_mqa")),
+        *((name, "AdaDim") for name in ("mistral", "qwen2", "gemma2", "llama_mqa", "opt, norms last", "phi3")),
+    ],
+)
+def test_weights_of_other_architectures_open_everywhere(name: str, method: str, tmp_path: Path) -> None:
+    family, overrides = OTHERS[name]
+    checkpoint = saved(family, tmp_path / "model", **overrides)
+    group_size = 8 if family == "llama_mqa" else 16  # its one key head has 8 channels
+    report, logits = calibrate(checkpoint, tmp_path / "out", WEIGHT_ONLY[method], group_size)
+    with torch.no_grad():
+        assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
+        assert torch.equal(stock(tmp_path / "out")(IDS).logits, logits)
+    assert set(report.axes) == ({"in", "out"} if method == "AdaDim" else {"in"})
+
+
+def test_stock_refuses_experts_it_would_fill_with_random_numbers(tmp_path: Path) -> None:
+    report, logits = calibrate(saved("mixtral", tmp_path / "model"), tmp_path / "out", pq.methods.RTN)
     with torch.no_grad():
         assert torch.equal(pq.load(tmp_path / "out", kernels=False)(IDS).logits, logits)
     with pytest.raises(ValueError, match="needs plquant"):

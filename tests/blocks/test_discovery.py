@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from plquant.blocks.discovery import find_blocks, find_places, find_sites, structure
 from plquant.blocks.prepare import prepare_blocks
-from plquant.blocks.proof import _AllDouble
+from plquant.blocks.proof import Proof, _AllDouble
 from plquant.blocks.sites import QuerySite, Site
+from plquant.blocks.stream import rotate_stream_
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.quant.scaled_weight import ScaledWeight
 from plquant.transforms.scale_shift import ScaleShift
@@ -216,6 +217,22 @@ def copy_(into: tuple[Tensor, Tensor | None], values: tuple[Tensor, Tensor | Non
     for tensor, value in zip(into, values, strict=True):
         if tensor is not None and value is not None:
             tensor.copy_(value)
+
+
+def test_norms_behind_the_residual_sum_are_no_sites() -> None:
+    """OPT-350m: what a norm writes goes on in the residual stream too."""
+    lm = tiny_model("opt", do_layer_norm_before=False, word_embed_proj_dim=32)
+    blocks, x, calls = prepare(lm)
+    for block, call in zip(blocks, calls, strict=True):
+        places = find_places(block, x, call)
+        assert summary(places.sites) == {name: SITES["opt"][name] for name in ("self_attn.v_proj", "fc1")}
+        assert max(site.error for site in (*places.sites, *places.query_sites)) < 1e-13
+        assert len(places.query_sites) == 1
+    proof = Proof(blocks[0], x, calls[0])
+    forced = Site("self_attn_layer_norm", ("fc1",), torch.arange(64), "norm", False, 0.0)
+    assert proof.error(forced) > 1e-2
+    with pytest.raises(ValueError, match="does not fold into the blocks of OPTForCausalLM"):
+        rotate_stream_(lm, torch.arange(3, 19)[None])
 
 
 @pytest.mark.parametrize(("family", "num_kv_heads"), [("llama", 2), ("llama_mha", 4), ("llama_mqa", 1), ("qwen3", 2)])

@@ -27,6 +27,7 @@ from plquant.parts.clipping import LWC
 from plquant.parts.learned_rounding import LearnedRounding
 from plquant.parts.rotation import Rotation
 from plquant.parts.scale_shift import LET
+from plquant.quant.affine import QTensor, to_groups
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.transforms.dominant_matrix import DominantMatrix
 from plquant.transforms.scale_shift import ScaleShift
@@ -130,6 +131,15 @@ def test_random_transforms_leave_the_block_as_it_was(family: str, method: str, m
         assert (block(x) - reference).norm() / added > 1e-2
 
 
+def lies_on_its_grid(q: QTensor) -> None:
+    """w / scale + zero-point is a code, a whole number in the range of its bits; the zero-point is one too."""
+    assert q.zero_point is not None and q.grid.axis == "in"
+    codes = to_groups(q.in_steps(q.dequantize().double()), q.grid) + q.zero_point.double().unsqueeze(-1)
+    assert (codes - codes.round()).abs().max() < 1e-5
+    for whole in (codes.round(), q.zero_point):
+        assert q.grid.qmin <= whole.min() and whole.max() <= q.grid.qmax
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_block_is_the_trained_block(family: str, method: str) -> None:
@@ -146,6 +156,7 @@ def test_packed_block_is_the_trained_block(family: str, method: str) -> None:
         linear = block.layers.get_submodule(name)
         assert isinstance(linear, PackedLinear)
         assert torch.equal(linear.quantized().codes, expected)
+        lies_on_its_grid(linear.quantized())
     torch.testing.assert_close(packed, trained, rtol=1e-4, atol=1e-4 * float(trained.abs().max()))
 
 

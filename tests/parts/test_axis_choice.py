@@ -1,12 +1,18 @@
 """Groups along either axis are compared on equal terms."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from plquant.blocks.activations import Activations
+from plquant.blocks.capture import capture_inputs
+from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
+from plquant.methods import Composed
 from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.nn.packed_linear import PackedLinear
 from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Rounding
 from plquant.parts.clipping import LWC
@@ -16,6 +22,7 @@ from plquant.quant.clip_search import mse_clip
 from plquant.quant.fake_quantize import Clip, quantize_weight
 from plquant.quant.gptq import gptq_round
 from plquant.quant.grid import IntGrid
+from tests.families import VOCAB, tiny_model
 
 OUT = IntGrid(2, 16, axis="out")
 
@@ -68,3 +75,64 @@ def test_gptq_takes_the_better_of_learned_and_searched_clipping() -> None:
         assert (error(clip()) < error("mse")) == is_better
         expected = gptq_round(linear.weight, hessian, linear.grid, clip() if is_better else "mse", act_order=True)
         assert torch.equal(GPTQRounding(block).round(linear, hessian).codes, expected.codes)
+
+
+def test_the_axis_of_every_linear_is_chosen_on_all_samples() -> None:
+    """Of those that read what attention and the activation function give too, o and down."""
+    block, x = make_block("llama", 8)
+    seen: dict[str, Tensor] = {}
+    names = {id(linear): name for name, linear in block.linears.items()}
+
+    class Watched(AxisChoice):
+        def round(self, linears: Any, hessian: Tensor, rounding: Any) -> Any:
+            seen.update({names[id(linear)]: hessian for linear in linears})
+            return super().round(linears, hessian, rounding)
+
+    module = Composed(block, [Watched, GPTQRounding])
+    module.activations = Activations((x, x), 1, 0)
+    module.fold()
+    came: dict[str, list[Tensor]] = {}
+    for name in seen:
+        block.layers.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: came.setdefault(name, []).append(args[0].flatten(0, 1))
+        )
+    with torch.no_grad():
+        block(x)  # what is packed before a linear decides what it reads
+    assert len(seen) == 7
+    for name, hessian in seen.items():
+        inputs = torch.cat(came[name])
+        torch.testing.assert_close(hessian, inputs.t() @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_chooses_as_the_cpu_does() -> None:
+    assert chosen("cuda") == chosen("cpu")
+
+
+def test_the_choice_does_not_hang_on_how_sums_are_rounded() -> None:
+    """As on another device: samples in another order give the Hessian other last bits."""
+    first = chosen("cpu")
+    assert chosen("cpu", order=torch.arange(7, -1, -1)) == first and {*first.values()} == {"in", "out"}
+
+
+def chosen(device: str, order: Tensor | None = None) -> dict[str, str]:
+    """Axis of every linear of a block in which every fourth channel of the values is large."""
+    block, x = make_block("llama", 8)
+    with torch.no_grad():
+        for name, linear in block.linears.items():
+            linear.weight[::4] *= 4 if "v_proj" in name or "o_proj" in name else 1
+    x = x if order is None else x[order]
+    block.to(device)
+    module = Composed(block, [AxisChoice, GPTQRounding])
+    module.activations = Activations((x, x), 1, 0)
+    module.fold()
+    packed = {name: m for name, m in block.layers.named_modules() if isinstance(m, PackedLinear)}
+    return {name: linear.grid.axis for name, linear in packed.items()}
+
+
+def make_block(family: str, samples: int) -> tuple[QuantBlock, Tensor]:
+    lm = tiny_model(family)
+    ids = torch.randint(3, VOCAB, (samples, 24), generator=torch.Generator().manual_seed(0))
+    block = prepare_blocks(lm, IntGrid(3, 16), ids)[0]
+    return block, capture_inputs(lm, list(block.layers.values()), ids)

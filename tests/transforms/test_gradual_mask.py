@@ -8,7 +8,7 @@ import torch
 from plquant.transforms.gradual_mask import gradual_mask, share_of_run
 
 
-@pytest.mark.parametrize("n", [1, 4, 96, 768, 4096])
+@pytest.mark.parametrize("n", [1, 4, 96, 768, 2048, 4096, 5120])
 def test_the_diagonal_first_and_everything_last(n: int) -> None:
     assert torch.equal(gradual_mask(n, 0), torch.eye(n, dtype=torch.bool))
     assert gradual_mask(n, 1).all() and gradual_mask(n, 1.0).all()
@@ -17,6 +17,7 @@ def test_the_diagonal_first_and_everything_last(n: int) -> None:
 @pytest.mark.parametrize("n", [4, 96, 768])
 def test_the_last_epoch_has_the_whole_matrix_however_many_there_are(n: int) -> None:
     for epochs in range(1, 41):
+        assert share_of_run(epochs - 1, epochs) == 1 and (epochs == 1 or share_of_run(0, epochs) == 0)  # for any n
         assert gradual_mask(n, share_of_run(epochs - 1, epochs)).all()
         assert epochs == 1 or gradual_mask(n, share_of_run(0, epochs)).sum() == n
 
