@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from plquant import data, methods
+    from plquant.kv_cache import integer_cache
     from plquant.model import QuantizedLM
     from plquant.packed_model import load
     from plquant.quant.grid import ActivationGrid, IntGrid
@@ -22,12 +23,23 @@ _PUBLIC = {
     "QuantizedLM": "plquant.model",
     "BlockwiseTrainer": "plquant.trainer",
     "load": "plquant.packed_model",
+    "integer_cache": "plquant.kv_cache",
 }
 _MODULES = ("data", "methods")
 
 transformers_hook.install()
 
-__all__ = ["ActivationGrid", "BlockwiseTrainer", "IntGrid", "QuantizedLM", "__version__", "data", "load", "methods"]
+__all__ = [
+    "ActivationGrid",
+    "BlockwiseTrainer",
+    "IntGrid",
+    "QuantizedLM",
+    "__version__",
+    "data",
+    "integer_cache",
+    "load",
+    "methods",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile", action="store_true", help="compile the step: about a minute before the second token, then faster"
     )
+    parser.add_argument(
+        "--kv_cache",
+        choices=["float", "integer"],
+        default="float",
+        help="how keys and values are kept: rounded when they are read, or as integers of the run's bits, for the same "
+        "text in less memory (default: %(default)s)",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is a GPU, else cpu)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     return parser
@@ -45,7 +52,9 @@ def _generate(options: argparse.Namespace) -> None:
     from plquant.generation import end_tokens, generate
     from plquant.packed_model import load
 
-    device = _device(options.device)
+    device, integers = _device(options.device), options.kv_cache == "integer"
+    if integers:
+        _check_keys_are_quantized(options)
     lm = load(options.folder, trust_remote_code=options.trust_remote_code).to(device)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
     tokenizer.padding_side = "left"
@@ -55,7 +64,8 @@ def _generate(options: argparse.Namespace) -> None:
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not options.chat).to(device)
     ends, found, shown = end_tokens(lm), torch.empty(len(texts), 0, dtype=torch.long), ""
     start = time.perf_counter()
-    for token in generate(lm, batch.input_ids, batch.attention_mask, options.max_new_tokens, options.compile):
+    room = options.max_new_tokens
+    for token in generate(lm, batch.input_ids, batch.attention_mask, room, options.compile, integers):
         if not found.shape[1]:
             first = time.perf_counter()
         found = torch.cat([found, token[:, None].cpu()], 1)
@@ -91,6 +101,21 @@ def _device(name: str | None) -> Any:
         possible = ", ".join(["cpu", *(f"cuda:{index}" for index in range(there))])
         raise ValueError(f"--device={name} is not here; choose among {possible}")
     return device
+
+
+def _check_keys_are_quantized(options: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
+    from plquant.formats.quantization_config import activations_of
+
+    config = AutoConfig.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
+    stored = getattr(config, "quantization_config", None)
+    activations = None if stored is None else activations_of(stored)
+    if activations is None or activations.kv_bits is None:
+        raise ValueError(
+            f"--kv_cache=integer: {options.folder} keeps keys and values in floating point; choose float, or calibrate "
+            "with --model.activations.kv 2 to 8"
+        )
 
 
 def _in_template(tokenizer: Any, text: str) -> Any:

@@ -26,7 +26,12 @@ def end_tokens(lm: PreTrainedModel) -> list[int]:
 
 @torch.inference_mode()
 def generate(
-    lm: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, compiled: bool = False
+    lm: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    compiled: bool = False,
+    integers: bool = False,
 ) -> Iterator[Tensor]:
     """The likeliest token of every sequence, one after the other, until all have ended.
 
@@ -36,18 +41,25 @@ def generate(
         mask: int64 [B, T], 0 where padded.
         max_new_tokens: How many at most.
         compiled: Compile the forward of one token (takes about a minute and a C++ compiler).
+        integers: Keep keys and values as integers, where the model quantizes them.
 
     Yields:
         int64 [B]; a sequence that has ended repeats its end.
+
+    Raises:
+        ValueError: ``integers`` of a model that does not quantize keys and values.
     """
     from transformers import StaticCache
+
+    from plquant.kv_cache import integer_cache
 
     if compiled:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         get_cpp_compiler()  # refuses now where there is none
     (batch, length), device = ids.shape, ids.device
-    cache = StaticCache(config=lm.config, max_cache_len=length + max_new_tokens)
+    room = length + max_new_tokens
+    cache = integer_cache(lm, room) if integers else StaticCache(config=lm.config, max_cache_len=room)
     # One mask for all steps: causality hides the tokens that are not there yet.
     mask = torch.cat([mask, mask.new_ones(batch, max_new_tokens)], 1)
     position = (mask.cumsum(1) - 1).clamp_(min=0)

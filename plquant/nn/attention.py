@@ -6,8 +6,10 @@ the model had, with the mask that one would get. So no attention class is copied
 sinks and grouped queries stay the model's own business. A module without quantizer, or with ``enabled = False``, gives
 the original's output to the last bit.
 
-The cache keeps keys and values as they come, in floating point, and they are quantized when they are read. Since the
-grid of a token and head depends on that token and head alone, the numbers are those of a cache of integers.
+A cache of transformers keeps keys and values as they come, in floating point, and they are quantized when they are
+read. Since the grid of a token and head depends on that token and head alone, the numbers are those of a cache of
+integers. One that keeps these (``kv_cache``) hands over bytes in the place of keys and values, as ``to_cache`` made
+them.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from plquant.quant.grid import ActivationGrid
+from plquant.quant.token_bytes import tokens_from_bytes, tokens_to_bytes
 from plquant.quant.token_quantize import quantize_tokens
 
 PREFIX = "plquant_"  # the name of ours goes on with that of the implementation it calls: plquant_sdpa, plquant_eager
 CHILD = "attention_quantizer"
 
-# Letters: B sequences, H heads, H' of keys and values, T queries, S keys, d channels of a head.
+# Letters: B sequences, H heads, H' of keys and values, T queries, S keys, d channels of a head, N bytes of them.
 
 
 class AttentionQuantizer(nn.Module):
@@ -51,14 +54,28 @@ class AttentionQuantizer(nn.Module):
         self.online: nn.Module | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, H, T, d], [B, H', S, d], [B, H', S, d] -> the same, rounded token by token and head by head."""
-        if self.online is not None:
-            query, key = self.online(query), self.online(key)
-        widths = (self.grid.bits, self.grid.kv_bits, self.grid.kv_bits)
-        return tuple(  # type: ignore[return-value]
-            x if bits is None else quantize_tokens(x, bits, self.grid.symmetric)
-            for x, bits in zip((query, key, value), widths, strict=True)
-        )
+        """[B, H, T, d], [B, H', S, d], [B, H', S, d] -> the same, rounded token by token and head by head.
+
+        Keys and values may be given as ``to_cache`` made them; they come back in the dtype of the queries.
+        """
+        query = self._rounded(self._rotated(query), self.grid.bits)
+        if key.dtype == torch.uint8:
+            assert self.grid.kv_bits is not None
+            bits, symmetric = self.grid.kv_bits, self.grid.symmetric
+            return query, *(tokens_from_bytes(rows, bits, symmetric, query.dtype) for rows in (key, value))  # type: ignore[return-value]
+        return query, self._rounded(self._rotated(key), self.grid.kv_bits), self._rounded(value, self.grid.kv_bits)
+
+    def to_cache(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H', S, d] each -> the integers that ``forward`` would round them to, uint8 [B, H', S, N] each."""
+        assert self.grid.kv_bits is not None
+        bits, symmetric = self.grid.kv_bits, self.grid.symmetric
+        return tokens_to_bytes(self._rotated(key), bits, symmetric), tokens_to_bytes(value, bits, symmetric)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return x if self.online is None else self.online(x)
+
+    def _rounded(self, x: Tensor, bits: int | None) -> Tensor:
+        return x if bits is None else quantize_tokens(x, bits, self.grid.symmetric)
 
     def extra_repr(self) -> str:
         """Widths, for ``print(model)``."""

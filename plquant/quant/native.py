@@ -132,6 +132,24 @@ def quantize_rows(
     return found[0], found[1]
 
 
+def rows_to_bytes(rows: Tensor, grid: IntGrid, out: Tensor) -> None:
+    """As ``token_bytes``, for rows that it ``takes_rows``.
+
+    Args:
+        rows: [R, K], contiguous.
+        grid: Bits and symmetry.
+        out: uint8 [R, N], contiguous.
+    """
+    described = _described_rows(rows, None, None, None, grid)
+    _library().plquant_rows_to_bytes(described, out.data_ptr(), out.shape[1], grid.bits)
+
+
+def rows_from_bytes(rows: Tensor, grid: IntGrid, out: Tensor) -> None:
+    """The inverse: ``rows`` is [R, N], ``out`` [R, K]."""
+    described = _described_rows(out, None, None, None, grid)
+    _library().plquant_rows_from_bytes(described, rows.data_ptr(), rows.shape[1], grid.bits, out.data_ptr())
+
+
 def row_gradients(
     rows: Tensor, offset: Tensor | None, low: Tensor | None, high: Tensor | None, grid: IntGrid, grad: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -205,4 +223,6 @@ def _library() -> ctypes.CDLL:
     found.plquant_quantize_backward.argtypes = [weight, pointer, number, ctypes.POINTER(_WeightGradients)]
     found.plquant_quantize_rows.argtypes = [rows, pointer, number, pointer, pointer]
     found.plquant_quantize_rows_backward.argtypes = [rows, pointer, pointer, pointer, pointer]
+    found.plquant_rows_to_bytes.argtypes = [rows, pointer, ctypes.c_int64, number]
+    found.plquant_rows_from_bytes.argtypes = [rows, pointer, ctypes.c_int64, number, pointer]
     return found

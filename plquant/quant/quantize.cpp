@@ -330,6 +330,78 @@ extern "C" void plquant_quantize_rows(const Rows* all, void* out, int32_t dtype,
   }
 }
 
+// Fields of `width` bits, those from `low` on of each code, 8 / width of them in a byte: the layout of token_bytes.py.
+static inline void pack_plane(const uint8_t* codes, int64_t count, int width, int low, uint8_t* __restrict to) {
+  const uint8_t mask = (uint8_t)((1 << width) - 1);
+  for (int at = 0; at < 8; at += width, codes += count)
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) to[i] = (uint8_t)((at ? to[i] : 0) | (codes[i] >> low & mask) << at);
+}
+
+static inline void unpack_plane(const uint8_t* from, int64_t count, int width, int low, uint8_t* __restrict codes) {
+  const uint8_t mask = (uint8_t)((1 << width) - 1);
+  for (int at = 0; at < 8; at += width, codes += count)
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) codes[i] = (uint8_t)((low ? codes[i] : 0) | (from[i] >> at & mask) << low);
+}
+
+// Rows of `stride` bytes: scale, zero-point (none if symmetric), codes from 0 in planes.
+extern "C" void plquant_rows_to_bytes(const Rows* all, uint8_t* out, int64_t stride, int32_t bits) {
+  const Rows& x = *all;
+#pragma omp parallel num_threads(x.threads)
+  {
+    std::vector<float> memory(2 * x.size);
+    std::vector<uint8_t> codes(x.size);
+    float *values = memory.data(), *steps = values + x.size;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < x.rows; row++) {
+      read(x.values, row * x.size, x.dtype, x.size, values);
+      const Range r = row_range(x, values);
+      rounded(nullptr, x.size, r.scale, values, steps);
+      finish(x.grid, r, steps, x.size, codes.data(), 0, U8);
+      if (x.grid.symmetric)
+        for (int64_t i = 0; i < x.size; i++) codes[i] = (uint8_t)(codes[i] - x.grid.qmin);
+      uint8_t* to = out + row * stride;
+      memcpy(to, &r.scale, sizeof(float));
+      to += sizeof(float);
+      if (!x.grid.symmetric) *to++ = (uint8_t)r.zero_point;
+      for (int width = 8, low = 0; width; width /= 2) {
+        if (!(bits & width)) continue;
+        const int64_t count = x.size * width / 8;
+        pack_plane(codes.data(), count, width, low, to);
+        to += count, low += width;
+      }
+    }
+  }
+}
+
+// The inverse; only the shape, the grid and the threads of `all` are read, and the dtype, which is that of `out`.
+extern "C" void plquant_rows_from_bytes(const Rows* all, const uint8_t* bytes, int64_t stride, int32_t bits, void* out) {
+  const Rows& x = *all;
+#pragma omp parallel num_threads(x.threads)
+  {
+    std::vector<float> values(x.size);
+    std::vector<uint8_t> codes(x.size);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < x.rows; row++) {
+      const uint8_t* from = bytes + row * stride;
+      float scale;
+      memcpy(&scale, from, sizeof(float));
+      from += sizeof(float);
+      const float zero_point = x.grid.symmetric ? -x.grid.qmin : *from++;
+      for (int width = 8, low = 0; width; width /= 2) {
+        if (!(bits & width)) continue;
+        const int64_t count = x.size * width / 8;
+        unpack_plane(from, count, width, low, codes.data());
+        from += count, low += width;
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < x.size; i++) values[i] = (codes[i] - zero_point) * scale;
+      write(values.data(), out, row * x.size, x.dtype, x.size);
+    }
+  }
+}
+
 // Of rows: to `to`, in their dtype. Of the shares of their ranges: low and high [R], may be null.
 extern "C" void plquant_quantize_rows_backward(const Rows* all, const void* out, void* to, float* low, float* high) {
   const Rows& x = *all;

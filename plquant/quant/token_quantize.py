@@ -184,8 +184,26 @@ def quantize_tokens(
         clip: Kept share of the lower and of the upper end of every row's range, scalars.
     """
     low, high = clip if clip is not None else (None, None)
-    grid = IntGrid(bits, None, symmetric)
-    return _QuantizeTokens.apply(x.reshape(-1, x.shape[-1]).contiguous(), offset, low, high, grid).view(x.shape)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if not torch.is_grad_enabled():  # an op that the compiler takes as it is
+        return torch.ops.plquant.quantize_tokens(rows, bits, symmetric, offset, low, high).view(x.shape)
+    return _QuantizeTokens.apply(rows, offset, low, high, IntGrid(bits, None, symmetric)).view(x.shape)
+
+
+def _op(
+    rows: Tensor, bits: int, symmetric: bool, offset: Tensor | None, low: Tensor | None, high: Tensor | None
+) -> Tensor:
+    out = torch.empty_like(rows)
+    _quantize(rows, offset, low, high, IntGrid(bits, None, symmetric), out)
+    return out
+
+
+_library = torch.library.Library("plquant", "FRAGMENT")
+_library.define(
+    "quantize_tokens(Tensor rows, int bits, bool symmetric, Tensor? offset, Tensor? low, Tensor? high) -> Tensor"
+)
+_library.impl("quantize_tokens", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("plquant::quantize_tokens", lambda rows, *rest: torch.empty_like(rows), lib=_library)
 
 
 @torch.no_grad()
