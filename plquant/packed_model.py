@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ class PackedQuantizer(HfQuantizer):
         assert isinstance(config, PackedConfig)
         if checkpoint_files is None:
             raise ValueError("a model quantized by plquant is opened from the files of its folder only")
-        tensors = names_in(checkpoint_files)
+        self.files = [names_in([path]) for path in checkpoint_files]
+        tensors = list(itertools.chain(*self.files))
         unfuse_experts_(model)
         config.structure(tensors).build_(model, set(tensors))
         return model
@@ -78,7 +80,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         assert isinstance(self.quantization_config, PackedConfig)
         if self.quantization_config.kernels:
-            prepare_linears_(model)
+            for names in self.files:
+                _leave_file_(model, names)
         return model
 
     def is_serializable(self) -> bool:
@@ -89,6 +92,23 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes are fixed."""
         return False
+
+
+def _leave_file_(lm: nn.Module, names: list[str]) -> None:
+    """Lay the packed linears among these tensors, all of one file, out for kernels, and copy everything else.
+
+    A file is mapped as a whole, and the last norm of it would keep its packed words in memory.
+    """
+    linears = [lm.get_submodule(name) for name in packed_linears(names)]
+    for linear in linears:
+        assert isinstance(linear, PackedLinear)
+        linear.prepare_()
+    if not linears or any(linear.prepared is None for linear in linears):
+        return
+    others = set(names)
+    for name, tensor in itertools.chain(lm.named_parameters(), lm.named_buffers()):
+        if name in others:
+            tensor.data = tensor.data.clone()
 
 
 def prepare_linears_(lm: nn.Module) -> None:

@@ -127,6 +127,22 @@ def test_other_families_are_loaded_alike(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(lm))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_was_laid_out_for_kernels_is_not_kept_twice(tmp_path: Path) -> None:
+    folder = save(packed(), tmp_path / "out")
+    loaded = pq.load(folder)
+    mapped = str(folder) in Path("/proc/self/maps").read_text()
+    assert mapped == any(m.prepared is None for m in loaded.modules() if isinstance(m, PackedLinear))
+
+
+def test_loading_does_not_import_what_it_can_do_without(tmp_path: Path) -> None:
+    """compressed-tensors takes as much memory as the weights of a small model."""
+    folder = save(packed(), tmp_path / "out")
+    code = f"import sys, plquant; plquant.load({str(folder)!r}); print('compressed_tensors' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 def test_kernels_in_bf16_are_as_near_to_the_packed_weights_as_plain_products_are(tmp_path: Path) -> None:
     """Two orders of adding the same bf16 products differ too, so equal logits are nothing to ask for in bf16."""
     folder = save(packed(grid_of=by_name), tmp_path / "out")

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TILE, UNIT = 16, 32
+PIECE_BYTES = 1 << 18  # laid out at once: temporaries stay in the cache, and the memory they leave behind is small
 
 
 class Shape(NamedTuple):
@@ -93,20 +94,24 @@ def lay_out(codes: Tensor, scale: Tensor, zero_point: Tensor | None, shape: Shap
         zero_point: uint8 as ``scale``; ``None``: 2^(bits - 1).
         shape: Bits and groups.
     """
-    vectors = _padded(codes, shape).view(-1, TILE, shape.padded_in // UNIT, UNIT // 2, 2)
-    vectors = vectors.permute(0, 2, 3, 1, 4).flatten(3).to(torch.int16)  # [tiles, units, i, lane]
-    out, low = [], 0
-    for width in planes(shape.bits):
-        fields = ((vectors >> low) & ((1 << width) - 1)).unflatten(2, (width, 16 // width))
-        plane = fields[:, :, :, 0].clone()
-        for i in range(1, 16 // width):
-            plane |= fields[:, :, :, i] << (width * i)
-        out.append(plane)
-        low += width
+    tiles, units = shape.padded_out // TILE, shape.padded_in // UNIT
+    padded = _padded(codes, shape).view(tiles, TILE, units, UNIT // 2, 2)
+    laid_out = codes.new_empty(tiles, units, shape.bits, UNIT, dtype=torch.int16)
+    step = max(1, PIECE_BYTES // (2 * TILE * shape.padded_in))
+    for piece, out in zip(padded.split(step), laid_out.split(step), strict=True):
+        vectors = piece.permute(0, 2, 3, 1, 4).flatten(3).to(torch.int16)  # [tiles, units, i, lane]
+        start, low = 0, 0
+        for width in planes(shape.bits):
+            fields = ((vectors >> low) & ((1 << width) - 1)).unflatten(2, (width, 16 // width))
+            plane = out[:, :, start : start + width]
+            plane.copy_(fields[:, :, :, 0])
+            for i in range(1, 16 // width):
+                plane |= fields[:, :, :, i] << (width * i)
+            start, low = start + width, low + width
     per_group = scale if shape.along_out else scale.t()
     zeros = zero_point if zero_point is None or shape.along_out else zero_point.t()
     width = shape.padded_in if shape.along_out else shape.padded_out
-    return Weight(torch.cat(out, 2), _widened(per_group, width), None if zeros is None else _widened(zeros, width))
+    return Weight(laid_out, _widened(per_group, width), None if zeros is None else _widened(zeros, width))
 
 
 def codes_of(weight: Weight, shape: Shape) -> Tensor:
