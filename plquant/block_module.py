@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,13 @@ from plquant.blocks.capture import StopForward
 from plquant.blocks.equivalence import equivalence_error
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.stream_files import pieces
-from plquant.blocks.token_weights import token_weights
+from plquant.blocks.token_weights import token_weights, weighing
 from plquant.distributed import AnyMetric, of_this_process
 from plquant.parts.axis import AxisChoice
 from plquant.parts.base import Part, Rounding, check_order
 from plquant.quant.observers import ChannelAbsMax, Hessian
+
+HESSIANS_AT_ONCE = 2**30  # bytes of them that one pass over the samples gathers
 
 
 def token_error(output: Tensor, target: Tensor) -> Tensor:
@@ -349,8 +351,7 @@ class BlockModule(L.LightningModule):
             with exact:
                 self.block.pack_(lambda linear: rounding.round(linear, None))
             return
-        for names in self.stages():
-            hessians = self.hessians(names, rounding.weighs_tokens)
+        for names, hessians in self.hessians(rounding.weighs_tokens):
             linears = [self.block.linears[name] for name in names]
             with exact:
                 if axis is not None:
@@ -361,8 +362,7 @@ class BlockModule(L.LightningModule):
                     self.block.pack_linear_(name, weight)
         self.block.fold_sources_()
 
-    def stages(self) -> list[list[str]]:
-        """Names of the linears in the order they run, those that read the same tensor together."""
+    def _stages(self) -> list[list[list[str]]]:
         found = self.block.stages(self.activations.inputs())
         if self._trainer is None or not self.block.has_experts:
             return found
@@ -413,27 +413,36 @@ class BlockModule(L.LightningModule):
         self._watch({name: lambda came, multiplied: metric.update(multiplied if final else came)})
         return metric.compute()
 
-    @torch.no_grad()
-    def hessians(self, names: Sequence[str], weighted: bool = True) -> list[Tensor]:
-        """Of what is multiplied with the weights of linears that read the same tensor, each [I, I].
+    def hessians(self, weighted: bool = True) -> Iterator[tuple[list[str], list[Tensor]]]:
+        """Linears that read the same tensor, in the order they run: names, and Hessians of what is multiplied, [I, I].
+
+        Each is of what the linears before it have become by then; experts, of which none reads what another gives, are
+        observed together, as many as fit. None of the block's linears is packed the first time that weights are asked.
 
         Args:
-            names: Of the linears; none of the block's is packed the first time that weights are asked for.
             weighted: Let tokens count as they do in the block's error, where that is known; see ``token_weights``.
         """
         if weighted and self._token_weights is None:
             batches = ((x, target) for x, target, *_ in self.activations.in_order())
             self._token_weights = token_weights(self.block, batches, self.activations.numbers)
         known = self._token_weights or {} if weighted else {}
-        keys = [name if name in known else "" for name in names]  # those without weights have one Hessian
-        read_at = dict(zip(keys, names, strict=True))
+        for stage in self._stages():
+            many = max(1, HESSIANS_AT_ONCE // (4 * self.block.linears[stage[0][0]].in_features ** 2))
+            for start in range(0, len(stage), many):
+                yield from self._hessians_of(stage[start : start + many], known)
+
+    @torch.no_grad()
+    def _hessians_of(
+        self, groups: Sequence[list[str]], known: Mapping[str, Tensor]
+    ) -> list[tuple[list[str], list[Tensor]]]:
+        read_at = {name: name if name in known else names[0] for names in groups for name in names}
         metrics = {
-            key: self._reduced(Hessian(self.block.linears[name].in_features).to(self.block.device))
-            for key, name in read_at.items()
+            name: self._reduced(Hessian(self.block.linears[name].in_features).to(self.block.device))
+            for name in dict.fromkeys(read_at.values())  # those without weights have one Hessian
         }
-        self._watch({name: _weighing(metrics[key], known.get(key)) for key, name in read_at.items()})
-        found = {key: metric.compute() for key, metric in metrics.items()}
-        return [found[key] for key in keys]
+        self._watch({name: weighing(metric, known.get(name)) for name, metric in metrics.items()})
+        found = {name: metric.compute() for name, metric in metrics.items()}
+        return [(names, [found[read_at[name]] for name in names]) for names in groups]
 
     def _watch(self, watches: Mapping[str, Callable[[Tensor, Tensor], None]]) -> None:
         """Pass all samples on as far as these linears, each watched by its function; see ``FakeQuantLinear.watch``."""
@@ -480,19 +489,6 @@ class BlockModule(L.LightningModule):
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameters in self.learnables().values() for parameter in parameters]
-
-
-def _weighing(hessian: Hessian, weights: Tensor | None) -> Callable[[Tensor, Tensor], None]:
-    """What updates a Hessian, batch after batch, with inputs [..., I] of tokens that have these weights, [tokens]."""
-    at = 0
-
-    def update(came: Tensor, multiplied: Tensor) -> None:
-        nonlocal at
-        tokens = multiplied.shape[:-1].numel()
-        hessian.update(multiplied, None if weights is None else weights[at : at + tokens])
-        at += tokens
-
-    return update
 
 
 Method: TypeAlias = Callable[[QuantBlock], BlockModule]

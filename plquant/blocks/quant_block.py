@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plquant.architectures.moe import Experts, routers
+from plquant.architectures.moe import Experts, alike, routers
 from plquant.blocks.nested import map_tensors
 from plquant.blocks.sites import Attention, QuerySite, Site
 from plquant.blocks.stream_files import pieces
@@ -211,32 +211,32 @@ class QuantBlock(nn.Module):
             into.copy_(output)
 
     @torch.no_grad()
-    def stages(self, inputs: Iterable[Tensor]) -> list[list[str]]:
+    def stages(self, inputs: Iterable[Tensor]) -> list[list[list[str]]]:
         """Names of the linears in the order they run, those that read the same tensor together.
 
-        Those that do not run (an expert that no token is sent to) come last, each alone.
+        What stands at one place in all experts of a layer is one stage, whichever of them run: no expert reads what
+        another gives. Any other linear that does not run comes last, alone.
 
         Args:
-            inputs: Batches [B, T, H]; one is enough unless experts are left out, then the one that most run on counts.
+            inputs: Batches [B, T, H]; one is enough unless linears are left out, then the one that most run on counts.
         """
-        best: list[list[str]] = []
+        best: list[list[list[str]]] = []
         for x in inputs:
-            found = self._stages_of(x.to(self.device))
-            best = max(best, found, key=lambda stages: sum(map(len, stages)))
-            if sum(map(len, best)) == len(self.linears):
+            best = max(best, self._stages_of(x.to(self.device)), key=lambda stages: len(_names(stages)))
+            if len(_names(best)) == len(self.linears):
                 break
-        ran = {name for stage in best for name in stage}
-        return best + [[name] for name in self.linears if name not in ran]
+        ran = _names(best)
+        return best + [[[name]] for name in self.linears if name not in ran]
 
-    def _stages_of(self, x: Tensor) -> list[list[str]]:
-        stages: list[list[str]] = []
+    def _stages_of(self, x: Tensor) -> list[list[list[str]]]:
+        groups: list[list[str]] = []  # that read the same tensor
         last: list[Tensor] = []
 
         def record(name: str, inputs: Tensor) -> None:
             if last and last[-1] is inputs:
-                stages[-1].append(name)
+                groups[-1].append(name)
             else:
-                stages.append([name])
+                groups.append([name])
             last[:] = [inputs]  # kept, so that its identity is not taken by another tensor
 
         hooks = [
@@ -247,6 +247,11 @@ class QuantBlock(nn.Module):
             self(x)
         for hook in hooks:
             hook.remove()
+        siblings = {name: same for same in alike(self.layers, self.linears) for name in same}
+        stages: list[list[list[str]]] = []
+        for group in groups:
+            if not stages or group[0] not in _names(stages):
+                stages.append([list(names) for names in zip(*(siblings[name] for name in group), strict=True)])
         return stages
 
     @torch.no_grad()
@@ -298,6 +303,10 @@ class QuantBlock(nn.Module):
         own = {name.removeprefix(f"{self.parent}."): tensor for name, tensor in tensors.items()}
         structure.build_(self.layers, own)
         self.layers.load_state_dict(own)
+
+
+def _names(stages: Iterable[Iterable[Iterable[str]]]) -> set[str]:
+    return {name for stage in stages for group in stage for name in group}
 
 
 def _operations(transforms: Iterable[Transform], dtype: torch.dtype) -> list[OnlineOp]:

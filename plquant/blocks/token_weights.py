@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from plquant.blocks.quant_block import QuantBlock
+from plquant.quant.observers import Hessian
 
 SMALLEST = 1e-6  # norm of a token's output that has a relative error
 
@@ -48,6 +49,19 @@ def token_weights(
         for name, gradient in zip(outputs, gradients, strict=True):
             found[name].append(gradient.float().square().sum(-1).flatten())
     return {name: torch.cat(weights) for name, weights in found.items() if weights}
+
+
+def weighing(hessian: Hessian, weights: Tensor | None) -> Callable[[Tensor, Tensor], None]:
+    """What updates a Hessian, batch after batch, with inputs [..., I] of tokens that have these weights, [tokens]."""
+    at = 0
+
+    def update(came: Tensor, multiplied: Tensor) -> None:
+        nonlocal at
+        tokens = multiplied.shape[:-1].numel()
+        hessian.update(multiplied, None if weights is None else weights[at : at + tokens])
+        at += tokens
+
+    return update
 
 
 def _run(block: QuantBlock, x: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:

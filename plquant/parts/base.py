@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
@@ -40,14 +40,12 @@ class Fitting(Protocol):
     def observe_quantized(self, make: Callable[[int], Metric | MetricCollection], name: str, final: bool = True) -> Any:
         """A statistic of the inputs of one linear, as the quantized model has them; ``final``: as multiplied."""
 
-    def hessians(self, names: Sequence[str], weighted: bool = True) -> list[Tensor]:
-        """Of what is multiplied with the weights of linears that read the same tensor, each [I, I].
+    def hessians(self, weighted: bool = True) -> Iterable[tuple[list[str], list[Tensor]]]:
+        """Linears that read the same tensor, in the order they run: names, and Hessians of what is multiplied, [I, I].
 
-        ``weighted``: tokens count as they do in the block's error.
+        Of what the linears before have become by the time it is asked for; ``weighted``: tokens count as they do in the
+        block's error.
         """
-
-    def stages(self) -> list[list[str]]:
-        """Names of the linears in the order they run, those that read the same tensor together."""
 
     def error(self, tokens: int | None = None) -> float:
         """Error of the block as it is now, over about so many tokens or all; see ``token_error``."""

@@ -49,8 +49,8 @@ class LearnedRounding(Rounding):
         """GPTQ, linear after linear, each on inputs that those before it have given."""
         for name, nudge in self.nudges.items():  # a reassembly has changed the width of some
             nudge.data = torch.zeros_like(self.block.linears[name].transformed().dense())
-        for names in fitting.stages() if self.from_gptq else ():
-            for name, hessian in zip(names, fitting.hessians(names), strict=True):
+        for names, hessians in fitting.hessians() if self.from_gptq else ():
+            for name, hessian in zip(names, hessians, strict=True):
                 linear = self.block.linears[name]
                 weight = linear.transformed().dense()
                 searched = linear.search_clip(hessian)

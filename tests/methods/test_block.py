@@ -304,16 +304,6 @@ def test_a_fit_that_only_harms_ends_where_it_started() -> None:
     assert all(torch.equal(p, s) for p, s in zip(module._trained(), start, strict=True))
 
 
-def test_stages_are_what_runs_in_one_batch_with_most_experts() -> None:
-    block, x = make_block("qwen3_moe")
-    alike = x[:1, :1].expand_as(x[:1])  # one token over and over is sent to two experts
-    few, all_of_them = block.stages([alike]), block.stages([alike, x])
-    assert {n for stage in few for n in stage} == {n for stage in all_of_them for n in stage} == set(block.linears)
-    assert all_of_them[0] == ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"]
-    assert [len(stage) for stage in all_of_them] == [3, 1] + [2, 1] * 8
-    assert [len(stage) for stage in few] == [3, 1] + [2, 1] * 2 + [1] * 18
-
-
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("constant", 0.1)])
 def test_learning_rates_follow_the_schedule(schedule: Any, last: float) -> None:
     block, x = make_block("llama")
