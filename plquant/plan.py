@@ -12,6 +12,8 @@ from plquant.formats.checkpoint import effective_bits, predicted_bytes
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.trial import Trial
 
+# Of vLLM's Marlin kernel for compressed-tensors' pack-quantized linears, read in its source
+VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
 LATER = 100 * 2**20  # bytes of libraries that a run loads after its blocks, measured on Linux
 
 
@@ -101,7 +103,7 @@ class Plan:
             disk_bytes=most + (run.stream_bytes * run.processes if run.on_disk else 0),
             seconds=run.fits * trial.block_seconds(run.samples, steps, weights / run.num_fits)
             + (run.num_fits - run.fits) * trial.pass_seconds(run.samples, weights / run.num_fits),
-            runs_in=_runs_in(shapes, method, activations),
+            runs_in=_runs_in(shapes, grid, method, activations),
         )
 
     def lines(self) -> list[str]:
@@ -164,7 +166,9 @@ def output_range(
     return outside + sum(map(min, sizes)), outside + sum(map(max, sizes))
 
 
-def _runs_in(shapes: Mapping[str, object], method: BlockModule, activations: ActivationGrid | None) -> str:
+def _runs_in(
+    shapes: Mapping[str, object], grid: IntGrid, method: BlockModule, activations: ActivationGrid | None
+) -> str:
     operations = any(part.runs_later for part in method.parts)
     experts = any(".experts." in name for name in shapes)
     if operations or experts:
@@ -172,4 +176,8 @@ def _runs_in(shapes: Mapping[str, object], method: BlockModule, activations: Act
         return f"plquant.load only ({why})"
     if activations is not None:
         return "plquant.load; stock transformers leaves attention in floating point"
-    return "stock transformers, and plquant.load"
+    axes = {grid.axis, *(axis for part in method.parts for axis in part.axes)}
+    in_vllm = axes == {"in"} and grid.bits in VLLM_BITS and grid.group_size in VLLM_GROUPS
+    return (
+        f"stock transformers, plquant.load{', and vLLM (Marlin kernel)' if in_vllm else '; vLLM has no kernel for it'}"
+    )

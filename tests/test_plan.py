@@ -27,14 +27,26 @@ def parts(checkpoint: Path, method: Any, **options: Any) -> tuple[Any, Any, Any]
 
 
 CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "OmniQuant": (pq.methods.OmniQuant, {}, "stock transformers, and plquant.load"),
-    "GPTQ": (pq.methods.GPTQ, {"weights": pq.IntGrid(4, None, symmetric=True)}, "stock transformers, and plquant.load"),
+    "OmniQuant": (pq.methods.OmniQuant, {}, "plquant.load; vLLM has no kernel for it"),
+    "GPTQ": (
+        pq.methods.GPTQ,
+        {"weights": pq.IntGrid(4, None, symmetric=True)},
+        "stock transformers, plquant.load, and vLLM",
+    ),
     "W4A4": (pq.methods.RTN, {"activations": pq.ActivationGrid(4)}, "leaves attention in floating point"),
     "QLLM": (pq.methods.QLLM, {"activations": pq.ActivationGrid(4)}, "plquant.load only (run-time operations)"),
     "rotations": (pq.methods.Light, {}, "plquant.load only (run-time operations)"),
-    "AdaDim": (pq.methods.AdaDim, {}, "stock transformers, and plquant.load"),
-    "no rotations of Light": (partial(pq.methods.Light, rotate=False), {}, "stock transformers, and plquant.load"),
-    "no rotations": (partial(pq.methods.Best, rotate=False), {}, "stock transformers, and plquant.load"),
+    "AdaDim": (pq.methods.AdaDim, {}, "stock transformers, plquant.load; vLLM has no kernel for it"),
+    "no rotations of Light": (
+        partial(pq.methods.Light, rotate=False),
+        {},
+        "stock transformers, plquant.load; vLLM has no kernel for it",
+    ),
+    "no rotations": (
+        partial(pq.methods.Best, rotate=False),
+        {},
+        "stock transformers, plquant.load; vLLM has no kernel for it",
+    ),
     "matrices": (partial(pq.methods.AffineQuant, online="dense"), {}, "plquant.load only (run-time operations)"),
     "rotated stream": (
         partial(pq.methods.Composed, parts=[partial(Rotation, places=["residual"])]),
