@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial"
+PARTIAL, TOGETHER = ".partial", "plquant-"
 
 
 @contextmanager
@@ -45,13 +45,18 @@ def write_together(folder: Path, write: Callable[[Path], object]) -> list[str]:
     Raises:
         OSError: They could not be written.
     """
-    with _as_os_error(folder), tempfile.TemporaryDirectory(suffix=PARTIAL, dir=folder) as temporary:
+    with _as_os_error(folder), tempfile.TemporaryDirectory(PARTIAL, TOGETHER, folder) as temporary:
         write(Path(temporary))
         names = [path.relative_to(temporary) for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
         for name in names:
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _rename(temporary / name, folder / name)
     return [name.as_posix() for name in names]
+
+
+def is_left_over(name: str) -> bool:
+    """Whether this is what ``write_together`` left where its process was killed."""
+    return name.startswith(TOGETHER) and name.endswith(PARTIAL)
 
 
 def clear_partial(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plquant.files import PARTIAL, clear_partial, json_text, replacing, sha256, write_json, write_together
+from plquant.files import PARTIAL, clear_partial, is_left_over, json_text, replacing, sha256, write_json, write_together
 from plquant.formats.checkpoint import INDEX, REST, block_shard, index_of, save_tensors
 from plquant.manifest import tensor_checksums, write_manifest
 
@@ -51,7 +51,8 @@ class RunFolder:
         flag = f"--output_dir={self.path}"
         if self.path.is_file():
             raise ValueError(f"{flag} is a file; give a new folder")
-        there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        there = [name for name in names if not is_left_over(name)]
         if there and RECIPE not in there:
             raise ValueError(f"{flag} holds other files ({', '.join(there[:5])}); give a new or empty folder")
         foreign = [name for name in there if name.endswith(".safetensors") and not _of_a_block(name) and name != REST]

@@ -80,7 +80,7 @@ def dies_at(name: str, half_written: bool) -> None:
 ALL = sorted({RECIPE, "config.yaml", "model-block-000.safetensors", "model-block-000.safetensors.json", BLOCK_1})
 ALL += [f"{BLOCK_1}.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", REST]
 ALL += ["report.json", "blocks.csv", "README.md", "blocks.png", MANIFEST, INDEX]
-SOME = (BLOCK_1, "config.json", MANIFEST)
+SOME = (RECIPE, BLOCK_1, MANIFEST)
 
 
 @pytest.mark.parametrize("half_written", [True, False])
