@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plquant.kernels import decode, int_gemm, prefill
+from plquant.kernels import decode, int_gemm, kronecker, prefill
 from plquant.kernels.dequantize import dequantize
 from plquant.kernels.int_gemm import IntWeight
 from plquant.kernels.layout import PackedWeight
@@ -53,9 +53,17 @@ def integer_linear(
     symmetric: bool,
     offset: Tensor | None,
     clip: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
-    """``quantized_linear`` as a product of integers; ``dtype`` is that of the model: fp16 or bf16."""
-    tokens = quantize_tokens(x.to(dtype), bits, symmetric, offset, clip)
+    """``quantized_linear`` as a product of integers; ``dtype`` is that of the model: fp16 or bf16.
+
+    With ``left`` and ``right`` it is that of ``x (L^T kron R)``, which is quantized as it is made.
+    """
+    if left is None or right is None:
+        tokens = quantize_tokens(x.to(dtype), bits, symmetric, offset, clip)
+    else:
+        tokens = kronecker.quantize(x.to(dtype), left, right, bits, symmetric, offset)
     return _finished(int_gemm.linear(tokens, weight, x.dtype), x, bias)
 
 

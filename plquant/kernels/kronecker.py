@@ -9,11 +9,10 @@ import triton
 from torch import Tensor
 
 from plquant.kernels.kronecker_kernel import kronecker_kernel
+from plquant.kernels.ops import KRONECKER_ORDER
 from plquant.kernels.token_quantize import QuantizedTokens
 
 # Letters: M rows; X [n1, n2] a row of x.
-
-MAX_ORDER = 128
 
 
 def apply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -82,8 +81,8 @@ def _launch(
     n1, n2 = len(left), len(right)
     if left.shape != (n1, n1) or right.shape != (n2, n2) or x.dim() != 2 or x.shape[1] != n1 * n2:
         raise ValueError(f"x {tuple(x.shape)} is not rows of {tuple(left.shape)} times {tuple(right.shape)} matrices")
-    if max(n1, n2) > MAX_ORDER:
-        raise ValueError(f"factors of {n1} and {n2} are larger than {MAX_ORDER}, which fit in registers")
+    if max(n1, n2) > KRONECKER_ORDER:
+        raise ValueError(f"factors of {n1} and {n2} are larger than {KRONECKER_ORDER}, which fit in registers")
     if x.dtype not in (torch.float16, torch.bfloat16) or {left.dtype, right.dtype} != {x.dtype}:
         raise ValueError(f"x, left and right are {x.dtype}, {left.dtype}, {right.dtype}, not all fp16 or all bf16")
     if x.stride(1) != 1:

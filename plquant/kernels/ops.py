@@ -4,7 +4,10 @@ All take activations [..., K] of fp32, bf16 or fp16, and a weight in one of the 
 
     linear, quantized_linear                      ``cpu_layout.Weight``; in plain PyTorch where a CPU has no kernels
     fragment_linear, fragment_quantized_linear    ``layout.PackedWeight``
-    integer_linear                                ``int_gemm.IntWeight``
+    integer_linear                                ``int_gemm.IntWeight``; left and right are of a Kronecker product that
+                                                  activations are multiplied with before they are quantized
+
+``kronecker`` is that product alone.
 """
 
 from __future__ import annotations
@@ -26,13 +29,16 @@ _SHAPE = "int out_features, int in_features, int bits, int group_size, bool alon
 _INPUTS = "int x_bits, bool x_symmetric, Tensor? x_offset, Tensor? x_clip=None"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
+KRONECKER_ORDER = 128  # of the largest factor that fits in registers
 
 _library = torch.library.Library("plquant", "DEF")
 _library.define(f"linear(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")
 _library.define(f"quantized_linear(Tensor x, {_WEIGHT}, {_SHAPE}, {_INPUTS}) -> Tensor")
 _library.define(f"fragment_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain) -> Tensor")
 _library.define(f"fragment_quantized_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain, {_INPUTS}) -> Tensor")
-_library.define(f"integer_linear(Tensor x, {_INTEGERS}, {_SHAPE}, ScalarType dtype, {_INPUTS}) -> Tensor")
+_FACTORS = "Tensor? left=None, Tensor? right=None"
+_library.define(f"integer_linear(Tensor x, {_INTEGERS}, {_SHAPE}, ScalarType dtype, {_INPUTS}, {_FACTORS}) -> Tensor")
+_library.define("kronecker(Tensor x, Tensor left, Tensor right) -> Tensor")
 
 
 def _expect(condition: bool, name: str, expected: str, given: object) -> None:
@@ -209,7 +215,35 @@ def _check_integers(
     _check_tensor(x, "sums", sums, (torch.int32,), (shape.out_features,))
     if zero_point is not None:
         _check_tensor(x, "zero_point", zero_point, (torch.int32,), (shape.out_features,))
+    left, right = (*inputs, None, None, None)[4:6]
+    if left is not None and right is not None:
+        _check_factors(x, left, right, dtype)
+        _expect(len(inputs) < 4 or inputs[3] is None, "x_clip", "None beside `left`", "a tensor")
     return shape
+
+
+def _check_factors(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    for name, matrix in (("left", left), ("right", right)):
+        order = len(matrix)
+        _expect(order <= KRONECKER_ORDER, name, f"of at most {KRONECKER_ORDER} rows", order)
+        _check_tensor(x, name, matrix, (dtype,), (order, order))
+    if x.shape[-1] != len(left) * len(right):
+        _expect(False, "x", f"of shape [..., {len(left) * len(right)}]", list(x.shape))
+
+
+def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    _expect(x.dtype in _HALVES, "x", "bfloat16 or float16", x.dtype)
+    _check_factors(x, left, right, x.dtype)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    from plquant.kernels import kronecker  # needs triton
+
+    return kronecker.apply(x.reshape(-1, x.shape[-1]), left, right).view(x.shape)
+
+
+def _fake_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    _check_factors(x, left, right, x.dtype)
+    return x.new_empty(x.shape)
 
 
 def _integer_linear(
@@ -240,6 +274,7 @@ for _name, _implementation, _shapes in (
     ("fragment_linear", _fragment_linear, _fake_fragment_linear),
     ("fragment_quantized_linear", _fragment_linear, _fake_fragment_linear),
     ("integer_linear", _integer_linear, _fake_integer_linear),
+    ("kronecker", _kronecker, _fake_kronecker),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"plquant::{_name}", _shapes, lib=_library)
@@ -249,3 +284,4 @@ quantized_linear = torch.ops.plquant.quantized_linear
 fragment_linear = torch.ops.plquant.fragment_linear
 fragment_quantized_linear = torch.ops.plquant.fragment_quantized_linear
 integer_linear = torch.ops.plquant.integer_linear
+kronecker = torch.ops.plquant.kronecker

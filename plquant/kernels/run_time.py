@@ -169,10 +169,18 @@ class Integers(RunTime):
         codes = int_gemm.unpack(weight).contiguous().view(torch.uint8) + middle
         return Affine(codes, weight.scale.to(self.dtype)[:, None], zero_point)
 
-    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None, inputs: Inputs | None) -> Tensor:
-        """By ``gpu``."""
+    def linear(
+        self,
+        x: Tensor,
+        tensors: Tensors,
+        bias: Tensor | None,
+        inputs: Inputs | None,
+        factors: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """By ``gpu``; of ``x (L^T kron R)`` with factors L and R, for which ``inputs`` have no ``clip``."""
         assert inputs is not None
-        return ops.integer_linear(x, *tensors.values(), bias, *self.shape, self.dtype, *inputs)
+        weight = (*tensors.values(), bias, *self.shape, self.dtype)
+        return ops.integer_linear(x, *weight, *inputs, *(factors or ()))
 
 
 def kind(device: torch.device, dtype: torch.dtype, shape: Shape, quantized_inputs: bool) -> type[RunTime] | None:
@@ -192,8 +200,29 @@ def kind(device: torch.device, dtype: torch.dtype, shape: Shape, quantized_input
     return Integers if quantized_inputs and per_output and shape.in_features <= MOST_INTEGER_INPUTS else Fragments
 
 
+def takes_kronecker(x: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Whether ``ops.kronecker`` is for these; it has no gradient."""
+    return (
+        has_triton(x.device)
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and {left.dtype, right.dtype} == {x.dtype}
+        and max(len(left), len(right)) <= ops.KRONECKER_ORDER
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether it is a device that Triton's kernels run on."""
+    return device.type == "cuda" and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _missing(dtype: torch.dtype, shape: Shape) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "its kernels for GPUs need triton, which is not installed"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"its kernels for GPUs compute in float16 or bfloat16, not in {dtype}"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from plquant.nn.attention import AttentionQuantizer
+from plquant.nn.kronecker import applied
 from plquant.nn.packed_linear import PackedLinear
 from plquant.transforms import gather_op  # noqa: F401, make_op knows the operations that were imported
 from plquant.transforms.online import OnlineOp, make_op
@@ -17,6 +18,12 @@ class Online(nn.Sequential):
     """Run-time operations, in order, [..., I] -> [..., I'], on the input or the output of the module they are of."""
 
     at: Where = "input"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All of them."""
+        for op in self:
+            x = applied(op, x)
+        return x
 
     def __iter__(self) -> Iterator[OnlineOp]:
         """One by one."""

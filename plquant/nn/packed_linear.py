@@ -13,6 +13,7 @@ from plquant.kernels import run_time
 from plquant.kernels.cpu_layout import Shape
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.nn.kronecker import applied, factors_of
 from plquant.quant.affine import QTensor
 from plquant.quant.grid import IntGrid
 
@@ -117,15 +118,22 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        x = x if self.online is None else self.online(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.prepared is None:
-            x = x if self.inputs is None else self.inputs(x)
-            return F.linear(x, self.quantized().dequantize().to(x.dtype), bias)
         inputs = None
         if self.inputs is not None:
             quantizer = self.inputs
             inputs = run_time.Inputs(quantizer.bits, quantizer.symmetric, quantizer.offset, quantizer.clip)
+        if isinstance(self.prepared, run_time.Integers) and isinstance(self.online, nn.Sequential):
+            *before, last = self.online
+            for op in before:
+                x = applied(op, x)
+            factors = factors_of(last, x) if inputs is not None and inputs.clip is None else None
+            x = x if factors is not None else applied(last, x)
+            return self.prepared.linear(x, self._tensors(), bias, inputs, factors)
+        x = x if self.online is None else self.online(x)
+        if self.prepared is None:
+            x = x if self.inputs is None else self.inputs(x)
+            return F.linear(x, self.quantized().dequantize().to(x.dtype), bias)
         return self.prepared.linear(x, self._tensors(), bias, inputs)
 
     def _tensors(self) -> run_time.Tensors:

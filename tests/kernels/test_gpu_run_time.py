@@ -10,10 +10,11 @@ import torch
 
 import plquant as pq
 from plquant.generation import generate
+from plquant.nn.online import attach_online_
 from plquant.nn.packed_linear import PackedLinear
 from plquant.quant.grid import ActivationGrid, IntGrid
 from tests.kernels.quantized import error_ratio
-from tests.kernels.test_run_time import CASES, activations, exact, made
+from tests.kernels.test_run_time import CASES, activations, exact, made, rotation, whole_numbers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,6 +53,20 @@ def test_quantized_activations(case: str, dtype: torch.dtype) -> None:
         sums = inputs.double() @ wide.t()
         bound = {torch.float16: 8e-4, torch.bfloat16: 6e-3}[dtype]
         assert (linear(x).double() - sums).norm() <= bound * sums.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["W4A4", "W4A8 g32"])
+def test_kronecker_products_in_front(case: str, dtype: torch.dtype) -> None:
+    linear, op = made(*CASES[case][:2], dtype), rotation(dtype)
+    assert linear.inputs is not None
+    linear.inputs.clip = None
+    linear.prepare_()
+    linear.cuda()
+    expected = {rows: linear(op(whole_numbers(rows, dtype)).cuda()) for rows in (1, 20, 300)}
+    attach_online_(linear, [op.cuda()])
+    for rows, product in expected.items():
+        assert torch.equal(linear(whole_numbers(rows, dtype).cuda()), product)
 
 
 @pytest.mark.parametrize("case", CASES)

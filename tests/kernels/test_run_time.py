@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton")
-from plquant.kernels import gpu, run_time
+from plquant.kernels import gpu, kronecker, ops, run_time
 from plquant.kernels.run_time import Fragments, Integers
 from plquant.nn.activation_quantizer import ActivationQuantizer
+from plquant.nn.online import attach_online_
 from plquant.nn.packed_linear import PackedLinear
 from plquant.quant.fake_quantize import quantize_weight
 from plquant.quant.grid import IntGrid
+from plquant.transforms.online import KroneckerOp
 from tests.kernels.quantized import error_ratio
 
 IN, OUT, CHANNEL = IntGrid(4, 32), IntGrid(3, 32, axis="out"), IntGrid(4, None)
@@ -33,6 +35,7 @@ def pretended(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are laid out as on a GPU."""
     kind = run_time.kind
     monkeypatch.setattr(run_time, "kind", lambda device, *rest: kind(torch.device("cuda"), *rest))
+    monkeypatch.setattr(run_time, "has_triton", lambda device: True)
 
 
 def made(grid: IntGrid, x_bits: int | None, dtype: torch.dtype, shape: tuple[int, int] = (96, 160)) -> PackedLinear:
@@ -100,6 +103,78 @@ def test_any_leading_shape_strides_and_nothing_at_all(case: str) -> None:
     wide = linear(x.float())
     assert wide.dtype == torch.float32
     torch.testing.assert_close(wide.half(), output, rtol=2e-3, atol=2e-3)
+
+
+def rotation(dtype: torch.dtype) -> KroneckerOp:
+    """Of 160 channels: small integers, so that all sums are exact whatever their order."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-1, 2, (n, n), generator=generator).to(dtype) for n in (10, 16))
+    return KroneckerOp(left, right / 8)
+
+
+def whole_numbers(rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-9, 10, (rows, 160), generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_kronecker_products_run_in_their_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[int] = []
+    launch = kronecker._launch
+    monkeypatch.setattr(kronecker, "_launch", lambda x, *rest: launches.append(len(x)) or launch(x, *rest))
+    op = rotation(dtype)
+    norm = nn.Identity()
+    attach_online_(norm, [op, op])
+    x = whole_numbers(6, dtype).view(2, 3, 160)
+    assert torch.equal(norm(x), op(op(x))) and launches == [6, 6]
+    assert norm(x[:0]).shape == (0, 3, 160)
+    run = torch.compile(lambda x: norm(x + 1), fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(x), op(op(x + 1)))
+    launches.clear()
+    assert norm(x.float()).dtype == torch.float32 and norm(x.clone().requires_grad_()).requires_grad
+    assert not launches  # another dtype, and gradients, are for torch
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("case", ["W4A4", "W8A8 symmetric", "W4A8 g32"])
+def test_activations_are_quantized_as_they_are_rotated(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, x_bits, kind = CASES[case]
+    linear, op = made(grid, x_bits, dtype), rotation(dtype)
+    assert linear.inputs is not None
+    quantizer = linear.inputs
+    quantizer.clip = None
+    linear.prepare_()
+    expected = {rows: linear(op(op(whole_numbers(rows, dtype)))) for rows in (1, 20)}
+    attach_online_(linear, [op, op])
+    quantized: list[int] = []
+    alone = gpu.quantize_tokens
+    monkeypatch.setattr(gpu, "quantize_tokens", lambda x, *rest: quantized.append(len(x)) or alone(x, *rest))
+    for rows, product in expected.items():
+        assert torch.equal(linear(whole_numbers(rows, dtype)), product)
+    assert quantized == ([] if kind is Integers else [1, 20])
+    x = whole_numbers(4, dtype)
+    run = torch.compile(lambda x: linear(x + 1), fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(x), linear(x + 1))
+    quantized.clear()
+    quantizer.clip = torch.tensor([0.7, 0.85])  # which the kernel has not
+    linear(x)
+    assert quantized == [4]
+
+
+@pytest.mark.usefixtures("pretended")
+def test_wrong_factors_are_named() -> None:
+    x, op = whole_numbers(2, torch.float16), rotation(torch.float16)
+    with pytest.raises(ValueError, match="argument `left` to be torch.float16"):
+        ops.kronecker(x, op.left.float(), op.right)
+    with pytest.raises(ValueError, match="argument `right` to be of shape"):
+        ops.kronecker(x, op.left, op.right[:, 1:])
+    with pytest.raises(ValueError, match=r"argument `x` to be of shape \[..., 160\]"):
+        ops.kronecker(x[:, 1:], op.left, op.right)
+    with pytest.raises(ValueError, match="argument `left` to be of at most 128 rows"):
+        ops.kronecker(x, torch.zeros(129, 129).half(), op.right)
 
 
 @pytest.mark.usefixtures("pretended")
