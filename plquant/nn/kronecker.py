@@ -10,12 +10,12 @@ from plquant.transforms.online import KroneckerOp
 
 def applied(op: nn.Module, x: Tensor) -> Tensor:
     """A run-time operation, by its kernel where there is one for ``x``; [..., I] -> [..., I']."""
-    if isinstance(op, KroneckerOp) and run_time.takes_kronecker(x, op.left, op.right):
-        return ops.kronecker(x, op.left, op.right)
-    return op(x)
+    factors = factors_of(op, x)
+    return op(x) if factors is None else ops.kronecker(x, *factors)
 
 
 def factors_of(op: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The two matrices of an operation that a kernel does to ``x`` as it quantizes it; ``None``: it is another."""
-    fits = isinstance(op, KroneckerOp) and run_time.takes_kronecker(x, op.left, op.right)
-    return (op.left, op.right) if isinstance(op, KroneckerOp) and fits else None
+    """The two matrices of an operation that a kernel does to ``x``; ``None``: it is another, or has a scale."""
+    if not isinstance(op, KroneckerOp) or op.scale != 1 or not run_time.takes_kronecker(x, op.left, op.right):
+        return None
+    return op.left, op.right

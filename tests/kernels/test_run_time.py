@@ -165,6 +165,23 @@ def test_activations_are_quantized_as_they_are_rotated(
 
 
 @pytest.mark.usefixtures("pretended")
+def test_a_scale_of_the_product_is_not_lost() -> None:
+    """As rotations of widths have that are no power of four; the kernel has none, so it is not asked."""
+    x, op = whole_numbers(4, torch.bfloat16), rotation(torch.bfloat16)
+    scaled = KroneckerOp(op.left, op.right, 0.75)
+    norm = nn.Identity()
+    attach_online_(norm, [scaled])
+    assert torch.equal(norm(x), scaled(x)) and not torch.equal(norm(x), op(x))
+    linear = made(CHANNEL, 4, torch.bfloat16)
+    assert linear.inputs is not None
+    linear.inputs.clip = None
+    linear.prepare_()
+    expected = linear(scaled(x))
+    attach_online_(linear, [scaled])
+    assert torch.equal(linear(x), expected)
+
+
+@pytest.mark.usefixtures("pretended")
 def test_wrong_factors_are_named() -> None:
     x, op = whole_numbers(2, torch.float16), rotation(torch.float16)
     with pytest.raises(ValueError, match="argument `left` to be torch.float16"):
