@@ -1,8 +1,10 @@
 """The whole pipeline on a tiny model: what is written, who can open it, and that a run can be repeated and resumed."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -356,3 +358,24 @@ def test_a_run_uses_them_without_being_asked() -> None:
     torch.use_deterministic_algorithms(False)
     pq.BlockwiseTrainer(accelerator="cpu")
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_what_blocks_were_fitted_with_does_not_add_up(checkpoint: Path, tmp_path: Path) -> None:
+    optimizers: list[Any] = []
+    alive: list[int] = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            alive.append(sum(optimizer() is not None for optimizer in optimizers))
+            optimizers.append(weakref.ref(trainer.optimizers[0]))
+
+    Look.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+    model = pq.QuantizedLM(str(checkpoint), pq.methods.OmniQuant, pq.IntGrid(4, 16))
+    trainer = pq.BlockwiseTrainer(max_epochs=1, accelerator="cpu", callbacks=[Look()], enable_progress_bar=False)
+    gc.disable()
+    try:
+        data = pq.data.BuiltinText(num_samples=2, seq_len=32)
+        trainer.calibrate(model, data, output_dir=str(tmp_path / "out"), evaluate=False)
+    finally:
+        gc.enable()
+    assert alive == [0, 1, 1]  # the last one alone
