@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -219,6 +220,9 @@ class BlockModule(L.LightningModule):
         """Let every part start from the data; the process group is up, the optimizer not yet made."""
         if not self._started:
             self._started = True
+            # What the block before was fitted with, its optimizer's state above all: a module and its Trainer know each
+            # other, and Lightning knows the last Trainer until the next one fits.
+            gc.collect()
             self._reduced(self._epoch_loss)
             # Lightning lets new tensors be made on the accelerator here; plans and searches are for the CPU.
             with torch.no_grad(), torch.device("cpu"):

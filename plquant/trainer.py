@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
 import os
 import time
@@ -247,7 +246,6 @@ class BlockwiseTrainer(PerplexityTrainer):
     ) -> BlockRecord:
         """Fit, fold and pack a block; both streams, [N, T, H], become its outputs."""
         started = time.monotonic()
-        gc.collect()  # a module and its Trainer know each other, and live on with the optimizer's state
         seed = progress.seed + block.index  # a block's own, so that a resumed run is the uninterrupted one
         L.seed_everything(seed, verbose=False)
         os.environ["PL_GLOBAL_SEED"] = str(progress.seed)  # seed_everything moved the run's

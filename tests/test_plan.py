@@ -165,7 +165,9 @@ HEAVY = pytest.mark.slow
         pytest.param("GPTQ", True, "", marks=HEAVY),
         pytest.param("AffineQuant", True, "", marks=HEAVY),
         pytest.param("Light", True, "", marks=HEAVY),
+        pytest.param("Best", True, "", marks=HEAVY),
         pytest.param("OmniQuant", False, "ddp", marks=HEAVY),
+        pytest.param("Best", True, "ddp", marks=HEAVY),
         pytest.param("OmniQuant", True, "apart", marks=HEAVY),
     ],
 )
