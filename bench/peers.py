@@ -67,6 +67,7 @@ def gptq(model: QuantizedLM, linears: dict[str, nn.Linear], ids: Tensor, bits: i
     dataset = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
     oneshot(
         model=lm,
+        processor=model.tokenizer,
         dataset=dataset,
         recipe=recipe,
         max_seq_length=ids.shape[1],
