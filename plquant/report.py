@@ -289,6 +289,11 @@ Quantized from `{self.checkpoint}` by plquant {plquant.__version__}.
 
 def peak_bytes() -> int:
     """Greatest resident memory of this process."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    # On Linux this begins with the memory of the process that started this one.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,5 +1,7 @@
 """What a run tells at its end."""
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -26,3 +28,15 @@ def test_every_row_says_what_it_costs(checkpoint: Path, tmp_path: Path, capsys: 
     header, line, *rows = [text for text in card.splitlines() if text.startswith("|")]
     assert header == "| model | perplexity | word perplexity | bits | run-time MACs | size |"
     assert line.count("|") == 7 and [row.split(" | ")[3:5] for row in rows] == [full, nearest, ours]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own figure is used")
+def test_the_memory_of_a_process_is_not_that_of_the_one_that_started_it() -> None:
+    held = bytearray(2**30)  # which the system's figure would begin with
+    found = subprocess.run(
+        [sys.executable, "-c", "from plquant.report import peak_bytes; print(peak_bytes())"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert 0 < int(found.stdout) < len(held)
