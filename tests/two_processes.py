@@ -35,6 +35,7 @@ METHODS = {
     "one block in memory": Case(pq.methods.OmniQuant, streaming=True),
     "experts": Case(pq.methods.OmniQuant, family="mixtral", streaming=True, evaluate=True),
     "rounded experts": Case(pq.methods.GPTQ, family="mixtral"),
+    "axes of experts": Case(partial(pq.methods.AdaDim, rounding="gptq"), family="mixtral"),
 }
 
 
