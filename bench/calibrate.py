@@ -18,7 +18,6 @@ import argparse
 import csv
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -41,6 +40,7 @@ from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
 from plquant.methods import OmniQuant
 from plquant.nn.fake_quant_linear import FakeQuantLinear
+from plquant.report import peak_bytes
 
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
@@ -149,11 +149,6 @@ def time_block(tokens: int, grid: IntGrid, samples: int, epochs: int) -> float:
     return trainer._calibrate_block(block, model, 1, x_q, x_fp, RunProgress(0, 1)).seconds
 
 
-def peak_memory() -> float:
-    """Of this process so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each, one after the other in every round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -201,7 +196,7 @@ def main() -> None:
     for tokens in options.tokens:
         row: dict[str, Any] = {"tokens": tokens, "samples": options.samples, "epochs": options.epochs}
         seconds = time_block(tokens, grid, options.samples, options.epochs)
-        peak = peak_memory()  # before the other two, which need more
+        peak = peak_bytes() / 2**30  # before the other two, which need more
         ours, _ = omniquant_step(tokens, grid, plain=False)
         papers, _ = omniquant_step(tokens, grid, plain=True)
         row |= measure({"plain": plain_step(tokens, grid), "plquant": ours, "fp32": papers}, options.repeats)

@@ -111,13 +111,6 @@ def _leave_file_(lm: nn.Module, names: list[str]) -> None:
             tensor.data = tensor.data.clone()
 
 
-def prepare_linears_(lm: nn.Module) -> None:
-    """Lay all packed linears out for the kernels of their devices."""
-    for module in lm.modules():
-        if isinstance(module, PackedLinear):
-            module.prepare_()
-
-
 def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> dict[str, Any]:
     """The ``quantization_config`` of a model whose blocks are packed.
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from plquant.architectures.moe import unfuse_experts_
+from plquant.nn.packed_linear import PackedLinear
 
 VOCAB = 96
 HIDDEN = 64
@@ -114,3 +115,10 @@ def byte_tokenizer(bos: bool = False, **options: Any) -> Any:
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", model_max_length=16, **options)
+
+
+def prepare_linears_(lm: nn.Module) -> None:
+    """Lay all packed linears out for the kernels of their devices."""
+    for module in lm.modules():
+        if isinstance(module, PackedLinear):
+            module.prepare_()

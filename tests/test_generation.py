@@ -11,8 +11,7 @@ from transformers import GenerationConfig
 
 from plquant.cli import main
 from plquant.generation import generate
-from plquant.packed_model import prepare_linears_
-from tests.families import VOCAB, byte_tokenizer, tiny_model
+from tests.families import VOCAB, byte_tokenizer, prepare_linears_, tiny_model
 from tests.test_packed_model import packed, save
 
 

@@ -21,10 +21,10 @@ from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.attention import AttentionQuantizer, quantize_attention_
 from plquant.nn.online import attach_online_
 from plquant.nn.packed_linear import PackedLinear
-from plquant.packed_model import prepare_linears_, stored_config
+from plquant.packed_model import stored_config
 from plquant.quant.fake_quantize import quantize_weight
 from plquant.quant.grid import ActivationGrid, IntGrid
-from tests.families import VOCAB, attention_names, stock, tiny_model
+from tests.families import VOCAB, attention_names, prepare_linears_, stock, tiny_model
 from tests.online_op import Mix
 
 IDS = torch.arange(3, 67)[None] % VOCAB

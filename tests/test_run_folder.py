@@ -20,6 +20,7 @@ from plquant.formats.checkpoint import INDEX, REST
 from plquant.manifest import MANIFEST
 from plquant.run_folder import RECIPE, RunFolder
 from plquant.verify import verify
+from tests.test_resume import written
 
 BLOCK_1 = "model-block-001.safetensors"
 
@@ -32,10 +33,6 @@ def run(checkpoint: Path, out: Path, method: Any = pq.methods.RTN, **trainer: An
     fitting = pq.BlockwiseTrainer(**options)
     fitting.run_config = "yaml"
     fitting.calibrate(model, data, output_dir=str(out), evaluate=False)
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")
