@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,12 +35,10 @@ def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{zlib.crc32(_bytes(tensor)):08x}" for name, tensor in tensors.items()}
 
 
-def hashed(tensors: Iterable[tuple[str, Tensor]], into: Digest) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by name, each taken into a hash as it passes by."""
-    for name, tensor in tensors:
-        into.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        into.update(_bytes(tensor))
-        yield name, tensor
+def add_to_hash(into: Digest, name: str, tensor: Tensor) -> None:
+    """Take a tensor and its name into a hash."""
+    into.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+    into.update(_bytes(tensor))
 
 
 def write_manifest(

@@ -18,7 +18,8 @@ from plquant.block_module import BlockModule, Method, adamw
 from plquant.blocks.capture import capture_calls, capture_inputs
 from plquant.blocks.discovery import find_blocks
 from plquant.blocks.quant_block import QuantBlock
-from plquant.blocks.weights import BlockWeights, KnownOutput, give_, run_ahead
+from plquant.blocks.stand_in import StandIn
+from plquant.blocks.weights import BlockWeights, give_, run_ahead
 from plquant.perplexity import TokenNLL
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.run_folder import RunFolder
@@ -86,9 +87,7 @@ class QuantizedLM(L.LightningModule):
         self.streaming = streaming
         self.nll = TokenNLL()
         self._weights: BlockWeights | None = None
-        self._known: tuple[Tensor, Tensor, KnownOutput] | None = (
-            None  # windows, outputs of the last block, its stand-in
-        )
+        self._known: tuple[Tensor, Tensor, StandIn] | None = None  # windows, outputs of the last block, its stand-in
         self._lm: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -138,14 +137,6 @@ class QuantizedLM(L.LightningModule):
         self.configure_model()
         assert self._weights is not None
         return self._weights
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of every parameter."""
-        parent = self.blocks.parent
-        yield from ((n, p) for n, p in self.lm.named_parameters() if not n.startswith(f"{parent}."))
-        for number, layer in enumerate(self.blocks.layers):
-            with self.blocks.held(layer):
-                yield from ((f"{parent}.{number}.{name}", p) for name, p in layer.named_parameters())
 
     @contextmanager
     def known_outputs(

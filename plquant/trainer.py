@@ -33,7 +33,7 @@ from plquant.data.base import TextData, ids_sha256, share_of
 from plquant.distributed import launch, meeting, on_rank_zero, refused_by_any, require_even, require_supported, say
 from plquant.finite import require_finite, require_finite_stream
 from plquant.formats.quantization_config import FORMAT
-from plquant.manifest import hashed, machine
+from plquant.manifest import add_to_hash, machine
 from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
 from plquant.nn.packed_structure import PackedStructure
@@ -146,7 +146,7 @@ class BlockwiseTrainer(PerplexityTrainer):
             require_even(self, len(ids))
         weights, digest = model.blocks, hashlib.sha256()
         with weights.on_demand():
-            require_finite(model.lm, ids[:1], hashed(model.named_weights(), digest))
+            require_finite(model.lm, ids[:1], weights.named(), partial(add_to_hash, digest))
         folder.note_inputs(ids_sha256(ids), digest.hexdigest())
         on_rank_zero(self, lambda: folder.create(self.run_config))
         on_disk = folder.path if self.activations == "disk" else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from plquant.blocks.nested import map_tensors
+from plquant.blocks.stand_in import StandIn, original
 from plquant.blocks.stream_files import empty_on_disk, release
 from plquant.evaluating import evaluating
 
@@ -61,12 +62,13 @@ def capture_inputs(
 
 
 @torch.no_grad()
-def capture_calls(lm: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], ids: Tensor) -> list[dict[str, Any]]:
+def capture_calls(lm: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> list[dict[str, Any]]:
     """Keyword arguments of every block, so that ``block(x, **call)`` runs it outside the model.
 
     Hidden states and KV cache are left out. Blocks may differ (Gemma's sliding and full attention have their own masks
     and rotary embeddings); equal tensors are stored once. Masks and position embeddings have a batch of one and
-    broadcast to any batch of sequences of T tokens.
+    broadcast to any batch of sequences of T tokens. What a block is called with does not depend on what the blocks
+    before it have worked out: only the first one runs, to see what a block returns, and the others need no weights.
 
     Args:
         lm: Language model that takes token ids.
@@ -76,10 +78,21 @@ def capture_calls(lm: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], id
     if len(ids) != 1:
         raise ValueError(f"ids has shape {list(ids.shape)}; pass one sequence [1, T], the calls serve any batch size.")
     known: list[Tensor] = []
-    with evaluating(lm):
-        calls = _calls(lm, blocks, ids)
-    own = [{key: value for key, value in arguments.items() if key not in _CACHES} for _, arguments in calls]
-    return [map_tensors(lambda tensor: _shared(tensor, known), arguments) for arguments in own]
+    own = list(blocks)
+    stand_ins = [StandIn(block).eval() for block in own[1:]]
+
+    def look(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        for stand_in in stand_ins:
+            stand_in.as_tuple = isinstance(output, tuple)
+
+    with evaluating(lm), contextlib.ExitStack() as stack:
+        for index, stand_in in enumerate(stand_ins, 1):
+            stack.callback(blocks.__setitem__, index, own[index])
+            blocks[index] = stand_in
+        stack.callback(own[0].register_forward_hook(look).remove)
+        calls = _calls(lm, [*own[:1], *stand_ins], ids)
+    taken = [{key: value for key, value in arguments.items() if key not in _CACHES} for _, arguments in calls]
+    return [map_tensors(lambda tensor: _shared(tensor, known), arguments) for arguments in taken]
 
 
 def _calls(
@@ -89,7 +102,7 @@ def _calls(
     calls: dict[int, tuple[Tensor, dict[str, Any]]] = {}
 
     def record(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = list(inspect.signature(block.forward).parameters)
+        names = list(inspect.signature(original(block).forward).parameters)
         arguments = dict(zip(names, args, strict=False)) | kwargs
         calls[index] = (arguments.pop(names[0]), arguments)
         if len(calls) == len(blocks):

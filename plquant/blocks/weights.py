@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plquant.blocks.nested import map_tensors
+from plquant.blocks.stand_in import StandIn
 from plquant.blocks.stream_files import pieces
 
 Read: TypeAlias = Callable[[], Mapping[str, Tensor]]
@@ -28,6 +29,10 @@ class BlockWeights:
     def __init__(self, parent: str, layers: nn.ModuleList, read: Callable[[int], Mapping[str, Tensor]]) -> None:
         self.parent, self.layers = parent, layers
         self._read: dict[nn.Module, Read] = {layer: partial(read, number) for number, layer in enumerate(layers)}
+
+    def named(self) -> dict[str, nn.Module]:
+        """Full name of every block -> the block."""
+        return {f"{self.parent}.{number}": layer for number, layer in enumerate(self.layers)}
 
     def moved(self, layer: nn.Module, read: Read) -> None:
         """From now on the weights of a block, which is another one now, come from somewhere else."""
@@ -103,37 +108,10 @@ def _tensors(layer: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tenso
                     yield (f"{path}.{key}" if path else key), own, key, tensor
 
 
-class KnownOutput(nn.Module):
-    """Stands for a decoder block in a forward pass of which the blocks' outcome is known already.
-
-    Args:
-        block: The block, for what the model around it asks of it.
-        as_tuple: It returns a tuple.
-    """
-
-    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
-        super().__init__()
-        self._block = (block,)  # in a tuple it is no child
-        self.as_tuple = as_tuple
-        self.output: Tensor | None = None
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
-        """What is known, or ``x``."""
-        x = x if self.output is None else self.output.to(x.device)
-        return (x,) if self.as_tuple else x
-
-    def __getattr__(self, name: str) -> Any:
-        """Anything else is the block's."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._block[0], name)
-
-
 @torch.no_grad()
 def run_ahead(
     weights: BlockWeights, calls: Sequence[Mapping[str, Any]], x: Tensor, device: torch.device
-) -> list[KnownOutput]:
+) -> list[StandIn]:
     """Let all blocks work on ``x``, one block at a time.
 
     Args:
@@ -155,5 +133,5 @@ def run_ahead(
                 output = layer(hidden.to(device), **there)
                 hidden.copy_(output[0] if isinstance(output, tuple) else output)
             layer.to(home)
-        known.append(KnownOutput(layer, isinstance(output, tuple)))
+        known.append(StandIn(layer, isinstance(output, tuple)))
     return known

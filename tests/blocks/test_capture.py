@@ -78,10 +78,11 @@ def test_gemma_calls_differ_by_kind_and_share_what_is_equal(family: str) -> None
 class Stack(nn.Module):
     """A language model of two linears, in which each block gets tensors of its own."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, as_tuple: bool = False) -> None:
         super().__init__()
+        self.as_tuple = as_tuple
         self.embedding = nn.Embedding(VOCAB, 4)
-        self.layers = nn.ModuleList([Layer(), Layer(), Layer()])
+        self.layers = nn.ModuleList([Layer(as_tuple), Layer(as_tuple), Layer(as_tuple)])
         self.num_run = 3
         self.error = error
 
@@ -91,22 +92,29 @@ class Stack(nn.Module):
         if self.error:
             raise self.error
         for i, layer in enumerate(self.layers[: self.num_run]):
-            x = layer(x, torch.full((1, 3), i // 2), extra=[torch.ones(2), "word"])
+            assert layer.kind == "linear"
+            output = layer(x, torch.full((1, 3), i // 2), extra=[torch.ones(2), "word"])
+            assert isinstance(output, tuple) == self.as_tuple
+            x = output[0] if self.as_tuple else output
         return x
 
 
 class Layer(nn.Module):
     """A block with a positional argument besides the hidden states."""
 
-    def __init__(self) -> None:
+    kind = "linear"  # what a model asks of its blocks
+
+    def __init__(self, as_tuple: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
+        self.as_tuple = as_tuple
         self.num_calls = 0
 
-    def forward(self, states: Tensor, position: Tensor, extra: Any = None) -> Tensor:
+    def forward(self, states: Tensor, position: Tensor, extra: Any = None) -> Tensor | tuple[Tensor]:
         """[N, T, H] to [N, T, H]."""
         self.num_calls += 1
-        return self.linear(states)
+        output = self.linear(states)
+        return (output,) if self.as_tuple else output
 
 
 def test_positional_arguments_get_their_names_and_equal_tensors_are_one() -> None:
@@ -116,6 +124,20 @@ def test_positional_arguments_get_their_names_and_equal_tensors_are_one() -> Non
     assert [call["position"][0, 0].item() for call in calls] == [0, 0, 1]
     assert len({id(tensor) for tensor in tensors(calls)}) == 3
     assert calls[0]["extra"][1] == "word"
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_calls_run_the_first_block_only(as_tuple: bool) -> None:
+    lm = Stack(as_tuple=as_tuple)
+    own = list(lm.layers)
+    calls = capture_calls(lm, lm.layers, draw_ids(1))
+    assert [layer.num_calls for layer in lm.layers] == [1, 0, 0]
+    assert list(lm.layers) == own
+    assert [call["position"][0, 0].item() for call in calls] == [0, 0, 1]
+    with pytest.raises(ValueError, match="ran 2 of the 3"):
+        lm.num_run = 2
+        capture_calls(lm, lm.layers, draw_ids(1))
+    assert list(lm.layers) == own and hooks(lm) == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
