@@ -132,6 +132,14 @@ class QuantizedLM(L.LightningModule):
             self._lm, self._weights = loaded, BlockWeights(parent, layers, self._read_block)
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP need not send from one process to the others: all of it, which each has from the same files.
+
+        Codes laid out for kernels it could not send: gloo knows no int16.
+        """
+        return [name for named in (self.named_parameters, self.named_buffers) for name, _ in named()]
+
+    @property
     def blocks(self) -> BlockWeights:
         """The decoder blocks of an original model and their weights: all of them, or those of one block at a time."""
         self.configure_model()
@@ -174,6 +182,16 @@ class QuantizedLM(L.LightningModule):
         part = self.source.load_part(self.config, self.load_dtype, self.blocks.parent, number)
         unfuse_experts_(part)
         return _tensors(part.get_submodule(f"{self.blocks.parent}.{number}"))
+
+    def lay_out(self) -> None:
+        """Let packed linears run by the kernels of their device, as ``plquant.load`` does; for good.
+
+        Those of a streaming model do whenever they are read.
+        """
+        from plquant.packed_model import lay_out_
+
+        if not self.streaming:
+            lay_out_(self.lm)
 
     def linear_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Full name of every linear in a block -> [O, I], and the number of all parameters; loads no weights."""

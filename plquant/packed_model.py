@@ -111,6 +111,13 @@ def _leave_file_(lm: nn.Module, names: list[str]) -> None:
             tensor.data = tensor.data.clone()
 
 
+def lay_out_(lm: nn.Module) -> None:
+    """Lay all packed linears out for kernels."""
+    for module in lm.modules():
+        if isinstance(module, PackedLinear):
+            module.prepare_()
+
+
 def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> dict[str, Any]:
     """The ``quantization_config`` of a model whose blocks are packed.
 
@@ -140,8 +147,8 @@ def load(
         dtype: Of activations, scales and what is not quantized; the folder's own if not given.
         trust_remote_code: Run Python code that comes with the model.
         kernels: Multiply with the packed integers where there are kernels for the device. Without, weights are unpacked
-            in every forward, to the numbers that stock transformers and calibration compute with: kernels do not round
-            the product of code and scale to the model's dtype, which differs from these by that rounding.
+            in every forward, to the numbers that stock transformers and the fit of the blocks compute with: kernels do
+            not round the product of code and scale to the model's dtype, which differs from these by that rounding.
 
     Raises:
         ValueError: The folder's model is not quantized in a format that plquant reads, or damaged.

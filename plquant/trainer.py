@@ -122,7 +122,8 @@ class BlockwiseTrainer(PerplexityTrainer):
             model: The model to quantize; it becomes the quantized model.
             datamodule: The calibration text.
             output_dir: Folder of the quantized model, new or empty or that of an interrupted run.
-            evaluate: Measure perplexity in full precision, rounded to nearest, and calibrated.
+            evaluate: Measure perplexity in full precision, rounded to nearest, and calibrated, which runs as after
+                `plquant.load`.
         """
         evaluate = evaluate and not self._block_arguments.get("fast_dev_run")
         grid, folder, done = self._check(model, datamodule, output_dir)
@@ -191,6 +192,7 @@ class BlockwiseTrainer(PerplexityTrainer):
         report.cost, report.num_blocks = Cost.of(model.lm), sum(len(block.layers) for block in blocks)
         report.axes = dict(Counter(grid.axis for block in blocks for grid in block.structure().grids.values()))
         if evaluate:
+            model.lay_out()
             report.perplexities[report.title] = self._perplexity(model, datamodule, on_disk)
         report.seconds = time.monotonic() - started
         on_rank_zero(self, lambda: folder.write(report.write))

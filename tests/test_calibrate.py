@@ -20,7 +20,9 @@ from transformers import AutoTokenizer
 import plquant as pq
 from plquant.cli import main
 from plquant.formats.checkpoint import predicted_bytes
+from plquant.kernels import native
 from plquant.nn.packed_linear import PackedLinear
+from plquant.perplexity import TokenNLL
 from plquant.report import Report
 from plquant.run_folder import RunFolder
 from tests.families import stock, tiny_model
@@ -35,11 +37,15 @@ def run(
     seed: int = 0,
     callbacks: Any = None,
     evaluate: bool = True,
+    activations: int | None = None,
     **grid: Any,
 ) -> Report:
     L.seed_everything(seed, verbose=False)
     method = partial(pq.methods.OmniQuant, lwc_lr=3e-2, alpha=None) if method is None else method
-    model = pq.QuantizedLM(str(checkpoint), method, pq.IntGrid(**({"bits": 3, "group_size": 16} | grid)))
+    weights = pq.IntGrid(**({"bits": 3, "group_size": 16} | grid))
+    model = pq.QuantizedLM(
+        str(checkpoint), method, weights, None if activations is None else pq.ActivationGrid(activations)
+    )
     data = pq.data.BuiltinText(num_samples=6, seq_len=48, batch_size=2, eval_seq_len=64, eval_windows=2)
     trainer = pq.BlockwiseTrainer(max_epochs=6, enable_progress_bar=False, accelerator="cpu", callbacks=callbacks)
     return trainer.calibrate(model, data, output_dir=str(out), evaluate=evaluate)
@@ -141,6 +147,26 @@ def test_report_measures_what_the_folder_holds(finished: tuple[Path, Report]) ->
     assert (out / "blocks.png").read_bytes().startswith(b"\x89PNG")
     card = (out / "README.md").read_text()
     assert all(f"{result.perplexity:,.3f}" in card for result in report.perplexities.values())
+
+
+def test_perplexity_of_four_bit_activations_is_that_of_the_loaded_model(checkpoint: Path, tmp_path: Path) -> None:
+    report = run(checkpoint, tmp_path / "out", pq.methods.Light, bits=4, group_size=None, activations=4)
+    windows = (
+        pq.data.BuiltinText(eval_seq_len=64, eval_windows=2)
+        .evaluation_text(pq.QuantizedLM(str(tmp_path / "out"), pq.methods.RTN))
+        .windows
+    )
+    nll = {}
+    for kernels in (True, False):
+        lm, metric = pq.load(tmp_path / "out", kernels=kernels), TokenNLL()
+        with torch.no_grad():
+            for ids in windows:
+                metric.update(lm(ids[None], use_cache=False).logits, ids[None])
+        nll[kernels] = float(metric.compute())
+    evaluated = report.perplexities[report.title].nll
+    assert evaluated == nll[True]
+    if native.available():
+        assert evaluated != nll[False]  # kernels do not round code times scale
 
 
 def test_every_block_is_fitted(finished: tuple[Path, Report], checkpoint: Path, tmp_path: Path) -> None:

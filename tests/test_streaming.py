@@ -124,9 +124,9 @@ def test_it_goes_on_with_what_the_other_way_began(
 
 def test_several_blocks_a_fit_and_quantized_activations(model: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"blocks_per_fit": 2, "activations": pq.ActivationGrid(4), "method": pq.methods.Light}
-    for name in ("whole", "streamed"):
-        run(model, tmp_path / name, name == "streamed", evaluate=False, **options)
+    reports = [run(model, tmp_path / name, name == "streamed", **options) for name in ("whole", "streamed")]
     assert written(tmp_path / "whole") == written(tmp_path / "streamed")
+    assert reports[0].perplexities[reports[0].title].nll == reports[1].perplexities[reports[1].title].nll
 
 
 def test_perplexity_of_the_original(model: Path) -> None:

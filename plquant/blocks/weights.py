@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plquant.blocks.nested import map_tensors
 from plquant.blocks.stand_in import StandIn
 from plquant.blocks.stream_files import pieces
+from plquant.nn.packed_linear import PackedLinear
 
 Read: TypeAlias = Callable[[], Mapping[str, Tensor]]
 
@@ -112,7 +113,7 @@ def _tensors(layer: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tenso
 def run_ahead(
     weights: BlockWeights, calls: Sequence[Mapping[str, Any]], x: Tensor, device: torch.device
 ) -> list[StandIn]:
-    """Let all blocks work on ``x``, one block at a time.
+    """Let all blocks work on ``x``, one block at a time, packed ones by the kernels of the device.
 
     Args:
         weights: Of the blocks.
@@ -129,9 +130,13 @@ def run_ahead(
         with weights.held(layer):
             home = next(layer.parameters(), x).device
             layer.to(device)
-            for hidden in pieces(x, 1):
-                output = layer(hidden.to(device), **there)
-                hidden.copy_(output[0] if isinstance(output, tuple) else output)
+            with ExitStack() as stack:
+                for module in layer.modules():
+                    if isinstance(module, PackedLinear):
+                        stack.enter_context(module.laid_out())
+                for hidden in pieces(x, 1):
+                    output = layer(hidden.to(device), **there)
+                    hidden.copy_(output[0] if isinstance(output, tuple) else output)
             layer.to(home)
         known.append(StandIn(layer, isinstance(output, tuple)))
     return known

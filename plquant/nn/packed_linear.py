@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +103,25 @@ class PackedLinear(nn.Module):
         self.prepared = None
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
+
+    @contextmanager
+    def laid_out(self) -> Iterator[None]:
+        """Within it as after ``prepare_``; afterwards as before, from what was kept meanwhile."""
+        if self.prepared is not None:
+            yield
+            return
+        kept = {name: self._buffers[name] for name in STORED if name in self._buffers}
+        self.prepare_()
+        try:
+            yield
+        finally:
+            self.kernels = False
+            if self.prepared is not None:
+                for name in self.prepared.names:
+                    del self._buffers[name]
+                self.prepared = None
+                for name, tensor in kept.items():
+                    self.register_buffer(name, tensor)
 
     def quantized(self) -> QTensor:
         """The codes, scale and zero-point, unpacked."""
