@@ -359,7 +359,7 @@ class BlockModule(L.LightningModule):
             linears = [self.block.linears[name] for name in names]
             with exact:
                 if axis is not None:
-                    weights = axis.round(linears, hessians, rounding.round)
+                    weights = axis.round(linears, hessians, rounding)
                 else:
                     weights = [rounding.round(*pair) for pair in zip(linears, hessians, strict=True)]
                 for name, weight in zip(names, weights, strict=True):

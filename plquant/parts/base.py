@@ -123,6 +123,7 @@ class Rounding(Part):
     place = "rounding"
     wants_hessian: bool = False
     weighs_tokens: bool = True  # of that: as they count in the block's error
+    fits_inputs: bool = False  # codes are fitted to the inputs that gave it: less error on these than on others
 
     def round(self, linear: FakeQuantLinear, hessian: Tensor | None) -> QTensor:
         """The codes.

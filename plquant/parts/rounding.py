@@ -29,7 +29,7 @@ class GPTQRounding(Rounding):
             followed through the block; false lets all count alike, as in the paper.
     """
 
-    wants_hessian = True
+    wants_hessian = fits_inputs = True
 
     def __init__(
         self,

@@ -39,12 +39,13 @@ def output_error(weight: Tensor, quantized: QTensor, hessian: Tensor) -> Tensor:
     return torch.sum(difference @ hessian * difference, dtype=torch.float64).clamp(min=0)
 
 
-def choose_axis(*errors: Mapping[Axis, float]) -> Axis:
+def choose_axis(*errors: Mapping[Axis, float], margin: float = 0.0) -> Axis:
     """The axis of least error; ``in``, which every kernel knows, where it makes no difference.
 
     Args:
         errors: Axis -> error of one linear; of several if they are to take the same axis, as those of one kernel call
             are. Then the sum decides.
+        margin: By what share ``out`` has to be the less.
 
     Raises:
         ValueError: No axis has a finite error.
@@ -53,4 +54,4 @@ def choose_axis(*errors: Mapping[Axis, float]) -> Axis:
     finite = [axis for axis in AXES if math.isfinite(totals[axis])]
     if not finite:
         raise ValueError(f"no axis has a finite error: {totals}; look for the activations that overflow")
-    return min(finite, key=totals.__getitem__)
+    return min(finite, key=lambda axis: totals[axis] * (1 - margin if axis == "in" else 1))

@@ -43,7 +43,7 @@ def block_with_outlier_channels() -> tuple[QuantBlock, FakeQuantLinear, Tensor]:
 def test_the_axis_without_learned_clipping_is_clipped_where_its_error_is_least() -> None:
     block, linear, hessian = block_with_outlier_channels()
     learned, grid = linear.clip, linear.grid
-    (found,) = AxisChoice(block).round([linear], [hessian], Rounding(block).round)
+    (found,) = AxisChoice(block).round([linear], [hessian], Rounding(block))
     assert torch.equal(found.codes, quantize_weight(linear.weight, OUT, mse_clip(linear.weight, OUT)).codes)
     assert not torch.equal(found.codes, quantize_weight(linear.weight, OUT).codes)
     assert linear.clip is learned and linear.grid == grid
@@ -53,9 +53,23 @@ def test_gptq_clips_it_column_by_column_if_it_clips() -> None:
     block, linear, hessian = block_with_outlier_channels()
     columns = gptq_round(linear.weight, hessian, OUT, "mse", act_order=True)
     assert AxisChoice(block)._candidates(linear, hessian, GPTQRounding(block).round)["out"].codes.equal(columns.codes)
-    (found,) = AxisChoice(block).round([linear], [hessian], GPTQRounding(block, clip=False).round)
+    (found,) = AxisChoice(block).round([linear], [hessian], GPTQRounding(block, clip=False))
     shares = mse_clip(linear.weight, OUT)
     assert torch.equal(found.codes, gptq_round(linear.weight, hessian, OUT, shares, act_order=True).codes)
+
+
+@pytest.mark.parametrize(
+    ("share", "rounding", "axis"),
+    [(0.95, Rounding, "out"), (0.95, GPTQRounding, "in"), (0.85, GPTQRounding, "out"), (1.0, Rounding, "in")],
+)
+def test_codes_fitted_to_the_inputs_have_to_be_better_by_a_tenth_along_the_output(
+    share: float, rounding: type[Rounding], axis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, linear, hessian = block_with_outlier_channels()
+    error = {"in": 1.0, "out": share}
+    monkeypatch.setattr("plquant.parts.axis.output_error", lambda weight, q, hessian: error[q.grid.axis])
+    (found,) = AxisChoice(block).round([linear], [hessian], rounding(block))
+    assert found.grid.axis == axis
 
 
 def test_gptq_takes_the_better_of_learned_and_searched_clipping() -> None:
