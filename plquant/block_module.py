@@ -441,7 +441,7 @@ class BlockModule(L.LightningModule):
     ) -> list[tuple[list[str], list[Tensor]]]:
         read_at = {name: name if name in known else names[0] for names in groups for name in names}
         metrics = {
-            name: self._reduced(Hessian(self.block.linears[name].in_features).to(self.block.device))
+            name: self._reduced(Hessian(self.block.linears[name].in_features, ridge=True).to(self.block.device))
             for name in dict.fromkeys(read_at.values())  # those without weights have one Hessian
         }
         self._watch({name: weighing(metric, known.get(name)) for name, metric in metrics.items()})

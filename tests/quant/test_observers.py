@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from plquant.quant.axis import output_error
+from plquant.quant.gptq import gptq_round
+from plquant.quant.grid import IntGrid
 from plquant.quant.observers import ChannelRange, Hessian
 
 
@@ -46,7 +49,8 @@ def test_two_processes_sum_to_the_whole_and_keep_their_own() -> None:
     mine, theirs = seen(x[:7]), seen(x[7:])
 
     def gather(state: Tensor, group: object) -> list[Tensor]:
-        return [state, theirs.products if state.ndim else theirs.weight]
+        own = [name for name in mine._defaults if getattr(mine, name) is state]
+        return [state, getattr(theirs, own[0])]
 
     mine.sync(dist_sync_fn=gather, distributed_available=lambda: True)
     torch.testing.assert_close(mine.products / mine.weight, seen(x).compute())
@@ -90,10 +94,35 @@ def test_tokens_with_weights_give_the_weighted_mean_in_any_unit() -> None:
     assert torch.equal(metric.compute(), metric.compute().t())
 
 
+def test_the_ridge_is_the_trace_over_the_tokens_whatever_their_weights_and_processes() -> None:
+    x, weights = activations(40, 8), activations(40).square()
+    for given in (None, weights):
+        plain, metric, other = Hessian(8), Hessian(8, ridge=True), Hessian(8, ridge=True)
+        plain.update(x, given)
+        metric.update(x[:7].view(1, 7, 8), None if given is None else given[:7])
+        other.update(x[7:], None if given is None else given[7:])
+        metric.merge_state(other)
+        mean = plain.compute()
+        torch.testing.assert_close(metric.compute(), mean + torch.eye(8) * mean.trace() / 40)
+
+
+def test_codes_fitted_to_few_tokens_are_better_on_others_with_a_ridge() -> None:
+    mixing, weight = activations(96, 96, seed=1) + 3 * torch.eye(96), activations(64, 96, seed=2)
+    few, others = activations(128, 96, seed=3) @ mixing, seen(activations(20_000, 96, seed=4) @ mixing).compute()
+    error = {}
+    for ridge in (False, True):
+        metric = Hessian(96, ridge)
+        metric.update(few)
+        codes = gptq_round(weight, metric.compute(), IntGrid(3, 32), damp=1e-4)
+        error[ridge] = float(output_error(weight, codes, others))
+    assert error[True] < 0.85 * error[False]
+
+
 def test_no_tokens_give_zeros() -> None:
-    metric = Hessian(8)
-    metric.update(activations(0, 8))
-    assert torch.equal(metric.compute(), torch.zeros(8, 8))
+    for ridge in (False, True):
+        metric = Hessian(8, ridge)
+        metric.update(activations(0, 8))
+        assert torch.equal(metric.compute(), torch.zeros(8, 8))
 
 
 def test_the_range_of_each_channel_over_all_batches() -> None:
