@@ -109,7 +109,7 @@ def chosen(device: str, order: Tensor | None = None) -> dict[str, str]:
     block, x = make_block("llama", 8)
     with torch.no_grad():
         for name, linear in block.linears.items():
-            linear.weight[::4] *= 4 if "v_proj" in name or "o_proj" in name else 1
+            linear.weight[::4] *= 12 if "v_proj" in name or "o_proj" in name else 1
     x = x if order is None else x[order]
     block.to(device)
     module = Composed(block, [AxisChoice, partial(GPTQRounding, token_weights=False)])  # their signs are a sample's own
