@@ -30,7 +30,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import plquant
-from bench.generate import TEXT, dequantized_
+from bench.generate import TEXT
+from bench.ways import dequantized_
 from plquant.generation import generate
 
 EXACT = "reference fp32"

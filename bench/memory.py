@@ -7,7 +7,8 @@ Every way opens the model and continues a text in a process of its own:
     plquant     the packed folder
     bf16        the same weights dequantized, from a plain folder that is written for this
     NF4, int8   that folder through bitsandbytes, where it is installed
-    torchao     that folder, int4 weights of torchao, where it is installed
+    torchao     that folder in its int4, where it is installed
+    quanto      that folder in its int4, where it is installed
 
 "weights" are parameters and buffers, each counted once; the peak is resident memory, less what the process had before
 it opened the model. A table for people, the last line is JSON.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import platform
 import subprocess
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-PACKAGES = {"NF4": "bitsandbytes", "int8": "bitsandbytes", "torchao": "torchao"}
 
 
 def resident(field: str) -> float:
@@ -41,63 +40,23 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def opened(way: str, folder: Path) -> Any:
-    """The model."""
-    import torch
-    import transformers
-
-    if way == "plquant":
-        import plquant
-
-        return plquant.load(folder)
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if way == "NF4":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    elif way == "int8":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    elif way == "torchao":
-        from torchao.quantization import Int4WeightOnlyConfig
-
-        config = Int4WeightOnlyConfig(group_size=64)
-        options["quantization_config"] = transformers.TorchAoConfig(config)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
 def measure(way: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
     """In a fresh process: sizes in MiB."""
     import torch
 
-    from bench.generate import mebibytes
+    import plquant
+    from bench.ways import mebibytes, opened
 
     torch.set_num_threads(1)
     opened_nothing = resident("VmRSS")
     forget_peak()
-    lm = opened(way, folder)
+    lm: Any = plquant.load(folder) if way == "plquant" else opened(way, folder)
     row = {"weights": mebibytes(lm), "peak_loading": resident("VmHWM") - opened_nothing}
     forget_peak()
     ids = torch.arange(prompt)[None] % 100 + 3
-    with torch.inference_mode():
-        lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False)
     row["peak_generating"] = resident("VmHWM") - opened_nothing
     return {name: round(value, 1) for name, value in row.items()}
-
-
-def write_plain(folder: Path, plain: Path) -> None:
-    """The dequantized model as a folder of its own."""
-    import plquant
-    from bench.generate import dequantized_
-
-    lm = plquant.load(folder)
-    if any(getattr(m, "inputs", None) is not None or getattr(m, "online", None) is not None for m in lm.modules()):
-        raise SystemExit(f"{folder} has quantized activations or run-time operations, which no plain model has")
-    dequantized_(lm)
-    config = type(lm.config)(**{k: v for k, v in lm.config.to_dict().items() if k != "quantization_config"})
-    fresh: Any = type(lm)(config)
-    fresh.to(lm.dtype)
-    fresh.load_state_dict(lm.state_dict())
-    fresh.save_pretrained(plain)
 
 
 def on_disk(folder: Path) -> float:
@@ -119,13 +78,16 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.folder, *counts)))
         return
+    from bench.ways import PEERS, CannotRun, write_plain
+
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         plain = Path(temporary) / "plain"
-        write_plain(options.folder, plain)
-        for way in ("bf16", "plquant", *PACKAGES):
-            if way in PACKAGES and importlib.util.find_spec(PACKAGES[way]) is None:
-                continue
+        try:
+            write_plain(options.folder, plain)
+        except CannotRun as reason:
+            raise SystemExit(str(reason)) from None
+        for way in ("bf16", "plquant", *PEERS):
             folder = options.folder if way == "plquant" else plain
             command = [sys.executable, __file__, str(folder), "--one", way]
             command += ["--prompt_tokens", str(counts[0]), "--new_tokens", str(counts[1])]
