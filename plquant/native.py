@@ -1,7 +1,7 @@
 """C++ files of the package: built by the machine's compiler when first needed, then kept.
 
-Nothing of torch is compiled, so that it takes seconds; a library lies in ``$XDG_CACHE_HOME/plquant`` (``~/.cache``)
-under a name made of its source and flags. ``CXX`` names another compiler.
+Of torch at most the headers of its stable interface are compiled, so that it takes seconds. A library lies in
+``$XDG_CACHE_HOME/plquant`` (``~/.cache``) under a name made of its source and flags. ``CXX`` names another compiler.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def library(source: Path, *flags: str) -> ctypes.CDLL:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            build = [*command, *flags, str(source), "-o", str(built)]
+            build = [*command, str(source), *flags, "-o", str(built)]  # libraries come after what needs them
             done = subprocess.run(build, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(build)} failed:\n{done.stderr}")

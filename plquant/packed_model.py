@@ -23,6 +23,7 @@ from plquant.formats.quantization_config import (
     online_of,
     quantization_config,
 )
+from plquant.nn.output_layer import OutputLayer
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.packed_structure import PackedStructure
 from plquant.quant.grid import ActivationGrid
@@ -82,6 +83,9 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.kernels:
             for names in self.files:
                 _leave_file_(model, names)
+            head = model.get_output_embeddings()
+            if type(head) is nn.Linear:
+                model.set_output_embeddings(OutputLayer.of(head))
         return model
 
     def is_serializable(self) -> bool:

@@ -316,6 +316,43 @@ extern "C" void plquant_few_integer_rows(const Weight* weight, const int8_t* x, 
   }
 }
 
+// ---- few rows, a weight of bf16 --------------------------------------------------------------------------------------
+
+template <int R>
+static void dense_rows(const uint16_t* x, const uint16_t* w, const void* bias, void* y, int64_t n, int64_t k,
+                       int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t first = 0; first < n; first += 16) {
+    __mmask16 valid = lanes(n - first);
+    alignas(64) float found[R][16] = {};
+    for (int64_t i = first; i < std::min(first + 16, n); i++) {
+      __m512 acc[R];
+      for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
+      for (int64_t j = 0; j < k; j += 32) {
+        __mmask32 mask = k - j >= 32 ? 0xffffffffu : (1u << (k - j)) - 1;
+        __m512i v = _mm512_maskz_loadu_epi16(mask, w + i * k + j);
+        _mm_prefetch((const char*)(w + i * k + j) + 4096, _MM_HINT_T0);
+        for (int r = 0; r < R; r++)
+          acc[r] = _mm512_dpbf16_ps(acc[r], (__m512bh)v, (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * k + j));
+      }
+      for (int r = 0; r < R; r++) found[r][i - first] = _mm512_reduce_add_ps(acc[r]);
+    }
+    __m512 add = bias ? load16(bias, first, BF16, valid) : _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) store16(y, r * n + first, BF16, _mm512_add_ps(_mm512_load_ps(found[r]), add), valid);
+  }
+}
+
+// y [M, N] = x [M, K] W^T + bias, all bf16; at most 4 rows.
+extern "C" void plquant_dense_rows(const uint16_t* x, const uint16_t* w, const void* bias, void* y, int64_t m, int64_t n,
+                                   int64_t k, int32_t threads) {
+  switch (m) {
+    case 1: return dense_rows<1>(x, w, bias, y, n, k, threads);
+    case 2: return dense_rows<2>(x, w, bias, y, n, k, threads);
+    case 3: return dense_rows<3>(x, w, bias, y, n, k, threads);
+    default: return dense_rows<4>(x, w, bias, y, n, k, threads);
+  }
+}
+
 // ---- many rows -------------------------------------------------------------------------------------------------------
 
 // Where a unit of a tile goes, as numbers of dtype D; Whole: all of its 32 inputs and 16 outputs are there.

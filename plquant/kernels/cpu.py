@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from plquant.kernels import native
 from plquant.kernels.cpu_layout import TILE, Shape, Weight
@@ -57,6 +58,13 @@ def quantized_linear(
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     out = _many_rows(steps.to(dtype), weight, None, shape).mul_(scale[:, None])
     return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear`` of a plain weight [N, K], contiguous: torch reads one of bf16 at a third of the memory's speed."""
+    if x.dtype == torch.bfloat16 and 0 < len(x) <= native.MOST_DENSE_ROWS:
+        return native.dense_rows(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _many_rows(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape) -> Tensor:

@@ -1,4 +1,4 @@
-"""The compiled half of the CPU kernels: cpu.cpp, and amx.cpp where the CPU has AMX."""
+"""The compiled half of the CPU kernels: cpu.cpp, amx.cpp where the CPU has AMX, and dispatch.cpp for torch to call."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from torch import Tensor
 from plquant.kernels.cpu_layout import Shape, Weight
 from plquant.native import library, missing
 
-SOURCE, AMX_SOURCE = (Path(__file__).with_name(name) for name in ("cpu.cpp", "amx.cpp"))
+SOURCE, AMX_SOURCE, DISPATCH_SOURCE = (
+    Path(__file__).with_name(name) for name in ("cpu.cpp", "amx.cpp", "dispatch.cpp")
+)
 FLAGS = [
     *["-O2", "-ffp-contract=off", "-mfma", "-mf16c"],
     *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"],
 ]
 AMX_FLAGS = [*FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+TORCH = Path(torch.__file__).parent
+DISPATCH_FLAGS = [*FLAGS, f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}  # bf16 numbers whose sum an activation is
 MOST_ROWS = 16  # of bf16, at once
+MOST_DENSE_ROWS = 4  # the same, where the weight is bf16
+MOST_DISPATCHED_ROWS = 4  # that ``ops.few_rows`` takes: more of them gain nothing
 
 
 class _Weight(ctypes.Structure):
@@ -73,6 +79,16 @@ def few_rows(
     _library().plquant_few_rows(
         *[_described(weight, shape), x.data_ptr(), DTYPES[x.dtype], parts, x.shape[0], _pointer(row_scale)],
         *[_pointer(bias), out.data_ptr(), DTYPES[dtype]],
+    )
+    return out
+
+
+def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` of plain bf16, all contiguous: [M, K], [N, K], [N]; M from 1 to ``MOST_DENSE_ROWS``."""
+    out = x.new_empty(len(x), len(weight))
+    _library().plquant_dense_rows(
+        *[x.data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr(), *out.shape, x.shape[1]],
+        torch.get_num_threads(),
     )
     return out
 
@@ -184,6 +200,23 @@ def available() -> bool:
     return not reason
 
 
+@cache
+def dispatch_() -> None:
+    """Have ``ops.few_rows`` called without Python; where that cannot be had a warning says, once, why."""
+    too_old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
+    reason = "that needs torch 2.10 or later" if too_old else missing(_dispatch_library)
+    if reason:
+        warnings.warn(f"plquant cannot have torch call its kernels directly, which is faster: {reason}", stacklevel=2)
+
+
+@cache
+def _dispatch_library() -> ctypes.CDLL:
+    found = library(DISPATCH_SOURCE, *DISPATCH_FLAGS)
+    found.plquant_dispatch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    found.plquant_dispatch(ctypes.cast(_library().plquant_few_rows, ctypes.c_void_p), MOST_DISPATCHED_ROWS)
+    return found
+
+
 def _missing() -> str:
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"it has kernels for x86, not for {platform.machine()}"
@@ -199,6 +232,8 @@ def _library() -> ctypes.CDLL:
     many: list[Any] = [weight, wide, wide, wide, pointer, narrow]
     rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, *[pointer] * 7]
     integers: list[Any] = [weight, pointer, wide, *[pointer] * 4, narrow]
+    dense: list[Any] = [*[pointer] * 4, *[wide] * 3, narrow]
+    found.plquant_dense_rows.argtypes = dense
     found.plquant_few_rows.argtypes = few
     found.plquant_dequantize.argtypes = many
     found.plquant_quantize_rows.argtypes = rows

@@ -3,11 +3,12 @@
 All take activations [..., K] of fp32, bf16 or fp16, and a weight in one of the layouts of ``run_time``:
 
     linear, quantized_linear                      ``cpu_layout.Weight``; in plain PyTorch where a CPU has no kernels
+    few_rows                                      as ``linear``, of the few that ``run_time`` sends here; dispatch.cpp
     fragment_linear, fragment_quantized_linear    ``layout.PackedWeight``
     integer_linear                                ``int_gemm.IntWeight``; left and right are of a Kronecker product that
                                                   activations are multiplied with before they are quantized
 
-``kronecker`` is that product alone.
+``kronecker`` is that product alone. ``dense_linear`` takes a plain weight.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from plquant.kernels import cpu, layout, native, reference
 from plquant.kernels.cpu_layout import TILE, UNIT, Shape, Weight
@@ -33,11 +35,13 @@ KRONECKER_ORDER = 128  # of the largest factor that fits in registers
 
 _library = torch.library.Library("plquant", "DEF")
 _library.define(f"linear(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")
+_library.define(f"few_rows(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")
 _library.define(f"quantized_linear(Tensor x, {_WEIGHT}, {_SHAPE}, {_INPUTS}) -> Tensor")
 _library.define(f"fragment_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain) -> Tensor")
 _library.define(f"fragment_quantized_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain, {_INPUTS}) -> Tensor")
 _FACTORS = "Tensor? left=None, Tensor? right=None"
 _library.define(f"integer_linear(Tensor x, {_INTEGERS}, {_SHAPE}, ScalarType dtype, {_INPUTS}, {_FACTORS}) -> Tensor")
+_library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("kronecker(Tensor x, Tensor left, Tensor right) -> Tensor")
 
 
@@ -131,6 +135,28 @@ def _fake(
     shape = Shape(*rest[:5])
     _check(x, Weight(codes, scale, zero_point), bias, shape, rest[5:])
     return x.new_empty(*x.shape[:-1], shape.out_features)
+
+
+def _check_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _expect(x.dtype in _DTYPES, "x", "float32, bfloat16 or float16", x.dtype)
+    _expect(weight.ndim == 2, "weight", "of two dimensions", list(weight.shape))
+    fits = x.ndim > 0 and x.shape[-1] == weight.shape[1]
+    _expect(fits, "x", f"of shape [..., {weight.shape[1]}]", list(x.shape))
+    _check_tensor(x, "weight", weight, (x.dtype,), (*weight.shape,))
+    if bias is not None:
+        _check_tensor(x, "bias", bias, (x.dtype,), (len(weight),))
+
+
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_dense(x, weight, bias)
+    rows = x.reshape(-1, weight.shape[1]).contiguous()  # of more dimensions torch may copy the weight
+    product = cpu.dense_linear if _has_kernels(x.device) else F.linear
+    return product(rows, weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _fake_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_dense(x, weight, bias)
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -270,18 +296,22 @@ def _fake_integer_linear(x: Tensor, *arguments: Any) -> Tensor:
 
 for _name, _implementation, _shapes in (
     ("linear", _linear, _fake),
+    ("few_rows", _linear, _fake),
     ("quantized_linear", _quantized_linear, _fake),
     ("fragment_linear", _fragment_linear, _fake_fragment_linear),
     ("fragment_quantized_linear", _fragment_linear, _fake_fragment_linear),
     ("integer_linear", _integer_linear, _fake_integer_linear),
     ("kronecker", _kronecker, _fake_kronecker),
+    ("dense_linear", _dense_linear, _fake_dense_linear),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"plquant::{_name}", _shapes, lib=_library)
 
 linear = torch.ops.plquant.linear
+few_rows = torch.ops.plquant.few_rows
 quantized_linear = torch.ops.plquant.quantized_linear
 fragment_linear = torch.ops.plquant.fragment_linear
 fragment_quantized_linear = torch.ops.plquant.fragment_quantized_linear
 integer_linear = torch.ops.plquant.integer_linear
 kronecker = torch.ops.plquant.kronecker
+dense_linear = torch.ops.plquant.dense_linear

@@ -90,6 +90,7 @@ class Vectors(RunTime):
     @classmethod
     def lay_out(cls, weight: Affine, shape: Shape) -> tuple[Self, Tensors]:
         """``cpu_layout.Weight``."""
+        native.dispatch_()
         return cls(shape, weight.scale.dtype), cpu_layout.lay_out(*weight, shape)._asdict()
 
     def restore(self, tensors: Tensors) -> Affine:
@@ -104,7 +105,14 @@ class Vectors(RunTime):
     def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None, inputs: Inputs | None) -> Tensor:
         """By ``cpu``."""
         weight = (*tensors.values(), bias, *self.shape)
-        return ops.linear(x, *weight) if inputs is None else ops.quantized_linear(x, *weight, *inputs)
+        if inputs is not None:
+            return ops.quantized_linear(x, *weight, *inputs)
+        return ops.few_rows(x, *weight) if self._few(x) else ops.linear(x, *weight)
+
+    def _few(self, x: Tensor) -> bool:
+        width = self.shape.in_features
+        rows_fit = 0 < x.numel() <= native.MOST_DISPATCHED_ROWS * width and x.shape[-1] == width
+        return x.dtype == torch.bfloat16 and x.is_cpu and rows_fit and x.is_contiguous()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plquant.kernels import cpu, native, ops, reference
+from plquant.kernels import cpu, native, ops, reference, run_time
 from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
 
 N, K = 96, 192
@@ -74,6 +74,56 @@ def test_products_are_those_of_the_reference(
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @pytest.mark.parametrize("along_out", [False, True], ids=["in", "out"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_called_without_python_it_is_the_same_product(
+    bits: int, along_out: bool, symmetric: bool, dtype: torch.dtype
+) -> None:
+    native.dispatch_()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("plquant::few_rows", "CPU")
+    for size in (96, 12):
+        weight, shape, _ = made(bits, along_out, size, dtype, symmetric)
+        for m in range(1, native.MOST_DISPATCHED_ROWS + 1):
+            x, bias = activations(m, torch.bfloat16)
+            for rows, added in ((x, None), (x[None], bias)):
+                output = ops.few_rows(rows, *weight, added, *shape)
+                assert torch.equal(output, ops.linear(rows, *weight, added, *shape))
+
+
+@needs_kernels
+def test_few_rows_in_bf16_are_called_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("few_rows", "linear"):
+        monkeypatch.setattr(ops, name, lambda x, *rest, name=name: called.append(name))
+    _, shape, codes = made(4, False, 32)
+    kept, tensors = run_time.Vectors.lay_out(run_time.Affine(codes, torch.ones(N, K // 32), None), shape)
+    for x in (torch.zeros(1, 1, K), torch.zeros(2, 2, K), torch.zeros(5, K), torch.zeros(K, 2).mT):
+        kept.linear(x.bfloat16(), tensors, None, None)
+    kept.linear(torch.zeros(1, K), tensors, None, None)
+    assert called == ["few_rows"] * 2 + ["linear"] * 3
+
+
+@needs_kernels
+def test_called_without_python_it_names_a_wrong_argument() -> None:
+    """What would be read or written beyond its end."""
+    native.dispatch_()
+    weight, shape, _ = made(4, False, 32)
+    right = {"x": torch.zeros(1, K).bfloat16(), "bias": None} | weight._asdict() | shape._asdict()
+    many = torch.zeros(native.MOST_DISPATCHED_ROWS + 1, K).bfloat16()
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        *(WRONG | {"bias": {"bias": torch.zeros(N)}}).items(),
+        *[("x", {"x": x}) for x in (torch.zeros(1, K), torch.zeros(K, 1).bfloat16(), many, many[:0])],
+        *[("scale", {"scale": weight.scale.double()}), ("codes", {"codes": weight.codes.mT})],
+    ]
+    ops.few_rows(**right)
+    for name, arguments in wrong:
+        with pytest.raises(RuntimeError, match=f"argument `{name}`"):
+            ops.few_rows(**right | arguments)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("along_out", [False, True], ids=["in", "out"])
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_quantized_products_are_those_of_the_codes(
     bits: int, along_out: bool, symmetric: bool, dtype: torch.dtype
@@ -120,6 +170,27 @@ def test_many_rows_of_sizes_that_fill_no_tile(threads: int, amx: bool, monkeypat
                 expected = scale.double() * (steps.double() @ wide.t())
                 output = ops.quantized_linear(x, *weight, None, *shape, 8, False, None)
                 assert error(output, expected) < (1.1 if amx else 1.35) * plain  # torch rounds, then the scale does
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_with_a_plain_weight(threads: int, dtype: torch.dtype) -> None:
+    """Sizes that fill no vector, the rows of our kernel and more, and one token of many, which has odd strides."""
+    torch.set_num_threads(threads)
+    for n, k in ((71, 70), (64, 96), (5, 33)):
+        generator = torch.Generator().manual_seed(n)
+        weight, bias = torch.randn(n, k, generator=generator).to(dtype), torch.randn(n, generator=generator).to(dtype)
+        x = torch.randn(2, 9, k, generator=generator).to(dtype)
+        for rows in (x[:1, -1:], x[0, :2], x[0, :3], x[:, -2:], x):
+            for added in (None, bias):
+                expected = rows.double() @ weight.double().t() + (0 if added is None else added.double())
+                assert error(ops.dense_linear(rows, weight, added), expected) < BOUND[dtype]
+    assert ops.dense_linear(x[:, :0], weight, None).shape == (2, 0, 5)
+    with pytest.raises(ValueError, match="argument `x` to be of shape"):
+        ops.dense_linear(x[..., 1:], weight, None)
+    with pytest.raises(ValueError, match="argument `weight`"):
+        ops.dense_linear(x, weight.double(), None)
+    torch.library.opcheck(ops.dense_linear.default, (x, weight, bias), test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_kernels
