@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 import plquant
 from plquant.nn.packed_linear import PackedLinear
@@ -63,25 +64,23 @@ def opened(way: str, plain: Path) -> Any:
     Raises:
         CannotRun: The peer is not installed.
     """
-    import transformers
-
     if way in PEERS and not _installed(PEERS[way]):
         raise CannotRun(f"{PEERS[way]} is not installed")
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     if way == "NF4":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     elif way == "int8":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif way == "torchao":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
         config = PrototypeInt4WeightOnlyConfig(group_size=64, set_inductor_config=False)
-        options["quantization_config"] = transformers.TorchAoConfig(config)
+        options["quantization_config"] = TorchAoConfig(config)
     elif way == "quanto":
-        options["quantization_config"] = transformers.QuantoConfig(weights="int4")
-    return transformers.AutoModelForCausalLM.from_pretrained(plain, **options).eval()
+        options["quantization_config"] = QuantoConfig(weights="int4")
+    return AutoModelForCausalLM.from_pretrained(plain, **options).eval()
 
 
 def _installed(package: str) -> bool:
