@@ -83,9 +83,7 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.kernels:
             for names in self.files:
                 _leave_file_(model, names)
-            head = model.get_output_embeddings()
-            if type(head) is nn.Linear:
-                model.set_output_embeddings(OutputLayer.of(head))
+            _lay_out_head_(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -115,11 +113,18 @@ def _leave_file_(lm: nn.Module, names: list[str]) -> None:
             tensor.data = tensor.data.clone()
 
 
-def lay_out_(lm: nn.Module) -> None:
-    """Lay all packed linears out for kernels."""
+def lay_out_(lm: PreTrainedModel) -> None:
+    """Let a model whose blocks are packed run as ``load`` gives it, by kernels."""
     for module in lm.modules():
         if isinstance(module, PackedLinear):
             module.prepare_()
+    _lay_out_head_(lm)
+
+
+def _lay_out_head_(lm: PreTrainedModel) -> None:
+    head = lm.get_output_embeddings()
+    if type(head) is nn.Linear:
+        lm.set_output_embeddings(OutputLayer.of(head))
 
 
 def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> dict[str, Any]:
