@@ -15,11 +15,10 @@ folding, packing, and both streams of activations passed on).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.rows import append, commit
 from plquant import BlockwiseTrainer, IntGrid
 from plquant.block_module import BlockModule, RunProgress, token_error
 from plquant.blocks.activations import Activations
@@ -162,20 +164,13 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append the rows, with when and where they were measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     where = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*where, *rows[0]])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(where | {k: round(v, 3) for k, v in row.items()} for row in rows)
+    append(path, [where | {k: round(v, 3) for k, v in row.items()} for row in rows])
 
 
 def main() -> None:

@@ -20,10 +20,8 @@ compared as well; a peer rounds the weights once more, to its own codes.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +36,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import plquant
+from bench.rows import append, commit
 from bench.ways import PEERS, CannotRun, dequantized_, mebibytes, opened, write_plain
 from plquant.generation import generate
 
@@ -164,16 +163,10 @@ def main() -> None:
     if options.peers:
         ways.add_peers(options.folder, options.compile)
     rows = measured(ways, options.rounds)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     where = {"model": f"{options.folder.parent.name}/{options.folder.name}"}
-    where |= {"prompt": ids.shape[1], "new": options.new_tokens, "torch": torch.__version__, "commit": commit}
+    where |= {"prompt": ids.shape[1], "new": options.new_tokens, "torch": torch.__version__, "commit": commit()}
     if options.csv:
-        fresh = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*where, *rows[0]])
-            if fresh:
-                writer.writeheader()
-            writer.writerows(where | row for row in rows)
+        append(options.csv, [where | row for row in rows])
     print(json.dumps(where | {"results": rows, "missing": ways.missing}))
 
 

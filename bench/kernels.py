@@ -10,12 +10,10 @@ A table for people, the last line is JSON.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -100,7 +98,9 @@ def measured(ways: Mapping[str, Way], x: Tensor, rounds: int) -> dict[str, float
 
 def main() -> None:
     """Measure, print, append."""
-    sys.path.pop(0)  # this folder, where this file hides the package named kernels from bitsandbytes
+    sys.path[0] = str(Path(__file__).parent.parent)  # not this folder, whose names hide packages
+    from bench.rows import append, commit
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="out_features, in_features")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 512], help="numbers of activations")
@@ -115,7 +115,6 @@ def main() -> None:
     cpu = next(
         (s.split(":")[1].strip() for s in open("/proc/cpuinfo") if s.startswith("model name")), platform.machine()
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     rows = []
     with torch.inference_mode():
         ways = dense(n, k, options.megabytes)
@@ -130,14 +129,9 @@ def main() -> None:
                 print(f"M={m:<4} {name:22} {ms:9.3f} ms   {ratio:5.2f} x bf16   {speed:5.1f} GB/s", flush=True)
                 row = {"rows": m, "way": name, "ms": round(ms, 4), "times_bf16": round(ratio, 3)}
                 rows.append(row | {"gb_per_s": round(speed, 2)})
-    where = {"shape": f"{n}x{k}", "cpu": cpu, "torch": torch.__version__, "commit": commit}
+    where = {"shape": f"{n}x{k}", "cpu": cpu, "torch": torch.__version__, "commit": commit()}
     if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*where, *rows[0]])
-            if new:
-                writer.writeheader()
-            writer.writerows(where | row for row in rows)
+        append(options.csv, [where | row for row in rows])
     print(json.dumps(where | {"results": rows}))
 
 

@@ -17,7 +17,6 @@ it opened the model. A table for people, the last line is JSON.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import subprocess
@@ -78,6 +77,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.folder, *counts)))
         return
+    from bench.rows import append, commit
     from bench.ways import PEERS, CannotRun, write_plain
 
     rows = []
@@ -99,18 +99,12 @@ def main() -> None:
             rows.append(row)
             of_bf16 = row["weights"] / rows[0]["weights"]
             print("   ".join(f"{key} {value}" for key, value in row.items()), f"  ({of_bf16:.2f} of bf16)", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     import torch
 
     where = {"model": f"{options.folder.parent.name}/{options.folder.name}", "prompt": counts[0], "new": counts[1]}
-    where |= {"machine": platform.machine(), "torch": torch.__version__, "commit": commit}
+    where |= {"machine": platform.machine(), "torch": torch.__version__, "commit": commit()}
     if options.csv:
-        fresh = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*where, *rows[0]])
-            if fresh:
-                writer.writeheader()
-            writer.writerows(where | row for row in rows)
+        append(options.csv, [where | row for row in rows])
     print(json.dumps(where | {"unit": "MiB", "results": rows}))
 
 

@@ -32,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.peers import PEERS, installed  # noqa: E402
+from bench.rows import commit  # noqa: E402
 
 REGIMES: dict[str, list[str]] = {
     "W4A16 g64": ["--model.weights.bits=4", "--model.weights.group_size=64"],
@@ -184,9 +185,8 @@ def plquant(log: IO[str], *arguments: str) -> None:
 
 def where() -> dict[str, Any]:
     """When and on what it was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine, "torch": torch.__version__}
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine, "torch": torch.__version__}
 
 
 def keep(rows: list[dict[str, Any]]) -> None:

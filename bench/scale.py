@@ -31,6 +31,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.rows import append, commit
+
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 4096},
     "medium": {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 8192},
@@ -141,21 +145,14 @@ def line(row: dict[str, Any]) -> str:
 
 def write_csv(path: Path, row: dict[str, Any]) -> None:
     """Append the row, with when and where it was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     where = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*where, *row])
-        if is_new:
-            writer.writeheader()
-        writer.writerow(where | {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+    append(path, [where | {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}])
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
