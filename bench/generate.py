@@ -135,7 +135,8 @@ def measured(ways: Ways, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print, append."""
-    sys.path.remove(str(Path(__file__).parent))  # it hides packages from peers
+    here = str(Path(__file__).parent)  # it hides packages from peers
+    sys.path[:] = [path for path in sys.path if path != here]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output folder of `plquant calibrate`")
     parser.add_argument("--prompt_tokens", type=int, default=128)

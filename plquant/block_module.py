@@ -439,10 +439,10 @@ class BlockModule(L.LightningModule):
     def _hessians_of(
         self, groups: Sequence[list[str]], known: Mapping[str, Tensor]
     ) -> list[tuple[list[str], list[Tensor]]]:
-        read_at = {name: name if name in known else names[0] for names in groups for name in names}
-        metrics = {
-            name: self._reduced(Hessian(self.block.linears[name].in_features, ridge=True).to(self.block.device))
-            for name in dict.fromkeys(read_at.values())  # those without weights have one Hessian
+        read_at, device = {n: n if n in known else names[0] for names in groups for n in names}, self.block.device
+        metrics = {  # those without weights have one; without them a few massive tokens are most of what a ridge adds
+            name: self._reduced(Hessian(self.block.linears[name].in_features, ridge=name in known).to(device))
+            for name in dict.fromkeys(read_at.values())
         }
         self._watch({name: weighing(metric, known.get(name)) for name, metric in metrics.items()})
         found = {name: metric.compute() for name, metric in metrics.items()}

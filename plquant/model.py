@@ -183,15 +183,15 @@ class QuantizedLM(L.LightningModule):
         unfuse_experts_(part)
         return _tensors(part.get_submodule(f"{self.blocks.parent}.{number}"))
 
-    def lay_out(self) -> None:
-        """Let packed linears run by the kernels of their device, as ``plquant.load`` does; for good.
+    def lay_out(self, device: torch.device) -> None:
+        """Let packed linears run by the kernels of this device, as ``plquant.load`` does; for good.
 
         Those of a streaming model do whenever they are read.
         """
         from plquant.packed_model import lay_out_
 
         if not self.streaming:
-            lay_out_(self.lm)
+            lay_out_(self.lm, device)
 
     def linear_shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Full name of every linear in a block -> [O, I], and the number of all parameters; loads no weights."""

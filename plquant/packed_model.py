@@ -113,11 +113,13 @@ def _leave_file_(lm: nn.Module, names: list[str]) -> None:
             tensor.data = tensor.data.clone()
 
 
-def lay_out_(lm: PreTrainedModel) -> None:
-    """Let a model whose blocks are packed run as ``load`` gives it, by kernels."""
+def lay_out_(lm: PreTrainedModel, device: torch.device) -> None:
+    """Let a model whose blocks are packed run as ``load`` gives it, by kernels of a device that it may yet go to."""
     for module in lm.modules():
         if isinstance(module, PackedLinear):
-            module.prepare_()
+            module.kernels = True
+            if next(module.buffers()).device.type == device.type:
+                module.prepare_()
     _lay_out_head_(lm)
 
 

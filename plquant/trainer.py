@@ -192,7 +192,7 @@ class BlockwiseTrainer(PerplexityTrainer):
         report.cost, report.num_blocks = Cost.of(model.lm), sum(len(block.layers) for block in blocks)
         report.axes = dict(Counter(grid.axis for block in blocks for grid in block.structure().grids.values()))
         if evaluate:
-            model.lay_out()
+            model.lay_out(self.strategy.root_device)
             report.perplexities[report.title] = self._perplexity(model, datamodule, on_disk)
         report.seconds = time.monotonic() - started
         on_rank_zero(self, lambda: folder.write(report.write))

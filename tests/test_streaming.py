@@ -92,6 +92,19 @@ def test_every_file_and_perplexity_is_the_same(family: str, tmp_path: Path) -> N
     assert all(check.passed for check in verify(tmp_path / "streamed"))
 
 
+def test_a_block_is_read_twice_and_once_for_an_evaluation(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    read = pq.QuantizedLM._read_block
+    monkeypatch.setattr(pq.QuantizedLM, "_read_block", lambda lm, number: reads.append(number) or read(lm, number))
+    run(model, tmp_path / "out", streaming=True, evaluate=False)
+    assert [reads.count(number) for number in (1, 2)] == [2, 2]
+    reads.clear()
+    run(model, tmp_path / "evaluated", streaming=True)  # the last of three evaluations reads what was written
+    assert [reads.count(number) for number in (1, 2)] == [4, 4]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved("llama", tmp_path_factory.mktemp("streaming") / "model")

@@ -67,8 +67,9 @@ def capture_calls(lm: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> list[dic
 
     Hidden states and KV cache are left out. Blocks may differ (Gemma's sliding and full attention have their own masks
     and rotary embeddings); equal tensors are stored once. Masks and position embeddings have a batch of one and
-    broadcast to any batch of sequences of T tokens. What a block is called with does not depend on what the blocks
-    before it have worked out: only the first one runs, to see what a block returns, and the others need no weights.
+    broadcast to any batch of sequences of T tokens. Only the first block runs, to see what a block returns; the others
+    need no weights, and hand on what they are given. So does a block in the calls that it is given here: what one may
+    hand to the next beside hidden states (a state, a routing) is that of the first.
 
     Args:
         lm: Language model that takes token ids.
@@ -83,7 +84,7 @@ def capture_calls(lm: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> list[dic
 
     def look(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         for stand_in in stand_ins:
-            stand_in.as_tuple = isinstance(output, tuple)
+            stand_in.returns_like(output)
 
     with evaluating(lm), contextlib.ExitStack() as stack:
         for index, stand_in in enumerate(stand_ins, 1):

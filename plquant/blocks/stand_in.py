@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,19 +13,28 @@ class StandIn(nn.Module):
 
     Args:
         block: The block, for what the model around it asks of it.
-        as_tuple: It returns a tuple.
+
+    Attributes:
+        output: What is known; ``None`` gives the input.
+        others: What the block returns after its hidden states, in a tuple; ``None`` if it returns these alone.
     """
 
-    def __init__(self, block: nn.Module, as_tuple: bool = False) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self._block = (block,)  # in a tuple it is no child
-        self.as_tuple = as_tuple
+        self._hidden = next(iter(inspect.signature(block.forward).parameters))
         self.output: Tensor | None = None
+        self.others: tuple[Any, ...] | None = None
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
-        """What is known, or ``x``."""
+    def returns_like(self, output: Any) -> None:
+        """Return such a thing as the block, or one of its kind, did."""
+        self.others = output[1:] if isinstance(output, tuple) else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What is known, or the hidden states that came."""
+        x = args[0] if args else kwargs[self._hidden]
         x = x if self.output is None else self.output.to(x.device)
-        return (x,) if self.as_tuple else x
+        return x if self.others is None else (x, *self.others)
 
     def __getattr__(self, name: str) -> Any:
         """Anything else is the block's."""

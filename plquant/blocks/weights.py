@@ -138,5 +138,6 @@ def run_ahead(
                     output = layer(hidden.to(device), **there)
                     hidden.copy_(output[0] if isinstance(output, tuple) else output)
             layer.to(home)
-        known.append(StandIn(layer, isinstance(output, tuple)))
+        known.append(StandIn(layer))
+        known[-1].returns_like(output)
     return known

@@ -24,7 +24,11 @@ FLAGS = [
 ]
 AMX_FLAGS = [*FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 TORCH = Path(torch.__file__).parent
-DISPATCH_FLAGS = [*FLAGS, f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"]
+BUILT_FOR = torch.__version__.translate(str.maketrans(".+-", "___"))  # each torch has a library of its own
+DISPATCH_FLAGS = [
+    *[*FLAGS, f"-DTORCH_{BUILT_FOR}", f"-ffile-prefix-map={DISPATCH_SOURCE.parent}=."],
+    *[f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"],
+]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}  # bf16 numbers whose sum an activation is
 MOST_ROWS = 16  # of bf16, at once

@@ -111,7 +111,7 @@ class Vectors(RunTime):
 
     def _few(self, x: Tensor) -> bool:
         width = self.shape.in_features
-        rows_fit = 0 < x.numel() <= native.MOST_DISPATCHED_ROWS * width and x.shape[-1] == width
+        rows_fit = 0 < x.numel() <= native.MOST_DISPATCHED_ROWS * width and x.ndim > 0 and x.shape[-1] == width
         return x.dtype == torch.bfloat16 and x.is_cpu and rows_fit and x.is_contiguous()
 
 

@@ -9,7 +9,7 @@ from plquant.kernels import ops
 
 
 class OutputLayer(nn.Linear):
-    """A linear with another's weight and bias, run by ``ops.dense_linear`` on a CPU where no gradient is wanted."""
+    """A linear with another's weight and bias, by ``ops.dense_linear`` on a CPU where no gradient is wanted."""
 
     @classmethod
     def of(cls, linear: nn.Linear) -> OutputLayer:
@@ -21,7 +21,12 @@ class OutputLayer(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if x.device.type != "cpu" or wants_gradient:
-            return super().forward(x)
-        return ops.dense_linear(x, self.weight, self.bias)
+        tensors = [tensor for tensor in (x, self.weight, self.bias) if tensor is not None]
+        plain = (
+            self.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+            or any(tensor.dtype != self.weight.dtype or not tensor.is_cpu for tensor in tensors)
+            or not self.weight.is_contiguous()
+            or torch.is_autocast_enabled("cpu")  # which would cast inside the op
+            or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        )
+        return super().forward(x) if plain else ops.dense_linear(x, self.weight, self.bias)

@@ -110,18 +110,18 @@ class PackedLinear(nn.Module):
         if self.prepared is not None:
             yield
             return
-        kept = {name: self._buffers[name] for name in STORED if name in self._buffers}
-        self.prepare_()
+        wanted, kept = self.kernels, {name: self._buffers[name] for name in STORED if name in self._buffers}
         try:
+            self.prepare_()
             yield
         finally:
-            self.kernels = False
+            self.kernels = wanted
             if self.prepared is not None:
                 for name in self.prepared.names:
                     del self._buffers[name]
-                self.prepared = None
-                for name, tensor in kept.items():
-                    self.register_buffer(name, tensor)
+            self.prepared = None
+            for name in kept.keys() - self._buffers.keys():
+                self.register_buffer(name, kept[name])
 
     def quantized(self) -> QTensor:
         """The codes, scale and zero-point, unpacked."""

@@ -70,7 +70,8 @@ class Hessian(Metric):
     What is fitted to the tokens seen, GPTQ's codes above all, finds those sums of channels that happen to be small on
     them: with 4,096 tokens of SmolLM2 and 1,536 inputs its error is twice as large on other tokens. ``ridge`` adds to
     the diagonal what a mean over N tokens is uncertain by, I / N of its own mean: tr(H) / N. Codes are then better by
-    up to 23% on other tokens there, and of two candidates the Hessian says which will be (``bench/held_out.py``).
+    up to 23% on other tokens there, at worst 3% worse (``bench/held_out.py``). It is for tokens of about one size, or
+    that weights have made so.
 
     Args:
         channels: Width of the activations, I.

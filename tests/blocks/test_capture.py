@@ -78,12 +78,12 @@ def test_gemma_calls_differ_by_kind_and_share_what_is_equal(family: str) -> None
 class Stack(nn.Module):
     """A language model of two linears, in which each block gets tensors of its own."""
 
-    def __init__(self, error: Exception | None = None, as_tuple: bool = False) -> None:
+    def __init__(self, error: Exception | None = None, others: int | None = None, by_name: bool = False) -> None:
         super().__init__()
-        self.as_tuple = as_tuple
+        self.others, self.by_name = others, by_name
         self.embedding = nn.Embedding(VOCAB, 4)
-        self.layers = nn.ModuleList([Layer(as_tuple), Layer(as_tuple), Layer(as_tuple)])
-        self.num_run = 3
+        self.layers = nn.ModuleList([Layer(others), Layer(others), Layer(others)])
+        self.num_run, self.fails_after = 3, 0
         self.error = error
 
     def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
@@ -93,9 +93,17 @@ class Stack(nn.Module):
             raise self.error
         for i, layer in enumerate(self.layers[: self.num_run]):
             assert layer.kind == "linear"
-            output = layer(x, torch.full((1, 3), i // 2), extra=[torch.ones(2), "word"])
-            assert isinstance(output, tuple) == self.as_tuple
-            x = output[0] if self.as_tuple else output
+            rest = (torch.full((1, 3), i // 2),), {"extra": [torch.ones(2), "word"]}
+            if self.by_name:
+                rest = (), rest[1] | {"states": x, "position": rest[0][0]}
+            output = layer(*([] if self.by_name else [x]), *rest[0], **rest[1])
+            if self.others == 2:
+                x, first, second = output
+                assert (first, second) == ("first", "second")
+            else:
+                x = output if self.others is None else output[0]
+            if i + 1 == self.fails_after:
+                raise ValueError("midway")
         return x
 
 
@@ -104,17 +112,17 @@ class Layer(nn.Module):
 
     kind = "linear"  # what a model asks of its blocks
 
-    def __init__(self, as_tuple: bool) -> None:
+    def __init__(self, others: int | None) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
-        self.as_tuple = as_tuple
+        self.others = others
         self.num_calls = 0
 
-    def forward(self, states: Tensor, position: Tensor, extra: Any = None) -> Tensor | tuple[Tensor]:
+    def forward(self, states: Tensor, position: Tensor, extra: Any = None) -> Tensor | tuple[Any, ...]:
         """[N, T, H] to [N, T, H]."""
         self.num_calls += 1
         output = self.linear(states)
-        return (output,) if self.as_tuple else output
+        return output if self.others is None else (output, *["first", "second"][: self.others])
 
 
 def test_positional_arguments_get_their_names_and_equal_tensors_are_one() -> None:
@@ -126,18 +134,19 @@ def test_positional_arguments_get_their_names_and_equal_tensors_are_one() -> Non
     assert calls[0]["extra"][1] == "word"
 
 
-@pytest.mark.parametrize("as_tuple", [False, True])
-def test_calls_run_the_first_block_only(as_tuple: bool) -> None:
-    lm = Stack(as_tuple=as_tuple)
+@pytest.mark.parametrize("others", [None, 0, 2])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_calls_run_the_first_block_only(others: int | None, by_name: bool) -> None:
+    lm = Stack(others=others, by_name=by_name)
     own = list(lm.layers)
     calls = capture_calls(lm, lm.layers, draw_ids(1))
     assert [layer.num_calls for layer in lm.layers] == [1, 0, 0]
     assert list(lm.layers) == own
     assert [call["position"][0, 0].item() for call in calls] == [0, 0, 1]
-    with pytest.raises(ValueError, match="ran 2 of the 3"):
-        lm.num_run = 2
-        capture_calls(lm, lm.layers, draw_ids(1))
-    assert list(lm.layers) == own and hooks(lm) == 0
+    for message, lm.num_run, lm.fails_after in (("ran 2 of the 3", 2, 0), ("midway", 3, 2)):
+        with pytest.raises(ValueError, match=message):
+            capture_calls(lm, lm.layers, draw_ids(1))
+        assert list(lm.layers) == own and hooks(lm) == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])

@@ -105,11 +105,12 @@ def test_the_choice_does_not_hang_on_how_sums_are_rounded() -> None:
 
 
 def chosen(device: str, order: Tensor | None = None) -> dict[str, str]:
-    """Axis of every linear of a block in which two have large weights for every fourth of their inputs."""
+    """Axis of every linear of a block; some have large weights for every fourth input, some for every fourth output."""
     block, x = make_block("llama", 8)
     with torch.no_grad():
         for name, linear in block.linears.items():
             linear.weight[:, ::4] *= 4 if "q_proj" in name or "down_proj" in name else 1
+            linear.weight[::4] *= 4 if "v_proj" in name or "o_proj" in name else 1
     x = x if order is None else x[order]
     block.to(device)
     module = Composed(block, [AxisChoice, partial(GPTQRounding, token_weights=False)])  # their signs are a sample's own
