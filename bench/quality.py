@@ -189,14 +189,14 @@ def where() -> dict[str, Any]:
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine, "torch": torch.__version__}
 
 
-def keep(rows: list[dict[str, Any]]) -> None:
+def keep(rows: list[dict[str, Any]], path: Path) -> None:
     """Put the rows into the results, in the place of earlier ones of the same run."""
-    earlier = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    earlier = list(csv.DictReader(path.open())) if path.exists() else []
     key = ("model", "epochs", "regime", "method")
     now = {tuple(str(row[name]) for name in key) for row in rows}
     kept = [row for row in earlier if tuple(row[name] for name in key) not in now]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "w", newline="") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({name: row.get(name, "") for name in rows[0]} for row in kept + rows)
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="names of rows; all that make sense in a regime if not given")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), metavar="PEER", help="other toolkits; all installed")
     parser.add_argument("--out", default="out/quality", help="folder of the quantized models and logs")
+    parser.add_argument("--results", default=str(RESULTS), help="CSV file of the rows; other --ids want another file")
     options = parser.parse_args()
     rows = []
     here = installed()
@@ -229,7 +230,7 @@ def main() -> None:
         theirs = [peer for peer in peers if "A16" in regime and int(regime[1]) in PEERS[peer].bits]
         for name in [*ours, *theirs]:
             rows.append((run if name in ours else run_peer)(regime, name, options))
-            keep(rows)
+            keep(rows, Path(options.results))
             print(" | ".join(f"{rows[-1][column]!s:>18}" for column in COLUMNS), flush=True)
     print(json.dumps({"rows": rows, "model": options.model, "epochs": options.epochs, "torch": torch.__version__}))
 
