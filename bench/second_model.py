@@ -127,12 +127,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         sys.exit(f"--text has {len(ids)} bytes; at least {math.ceil(LENGTH / HELD_OUT)} are needed")
     timer = Timer({"minutes": options.minutes})
     model = ByteModel(options.lr, options.steps, timer, 60 * options.minutes)
-    trainer = L.Trainer(
+    settings: dict[str, Any] = {
         **{"accelerator": "cpu", "precision": "bf16-mixed", "gradient_clip_val": 1.0, "callbacks": [timer]},
         **{"max_steps": options.steps, "val_check_interval": 500, "limit_val_batches": 8},
         **{"logger": False, "enable_checkpointing": False, "log_every_n_steps": 100},
-    )
-    after = DataLoader(held_out, batch_size=options.batch)  # type: ignore[arg-type]
+    }
+    trainer = L.Trainer(**settings)
+    after: Any = DataLoader(held_out, batch_size=options.batch)  # type: ignore[arg-type]
     trainer.fit(model, DataLoader(RandomWindows(ids[:cut]), batch_size=options.batch), after)
     steps = trainer.global_step
     measure = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
