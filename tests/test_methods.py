@@ -250,7 +250,10 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
         *((name, "AdaDim") for name in ("mistral", "qwen2", "gemma2", "llama_mqa", "opt, norms last", "phi3")),
     ],
 )
-def test_weights_of_other_architectures_open_everywhere(name: str, method: str, tmp_path: Path) -> None:
+def test_weights_of_other_architectures_open_everywhere(
+    name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plquant.parts.axis.MARGIN", 0)  # random weights have no axis that is much better
     family, overrides = OTHERS[name]
     checkpoint = saved(family, tmp_path / "model", **overrides)
     group_size = 8 if family == "llama_mqa" else 16  # its one key head has 8 channels
