@@ -25,7 +25,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Ways:
         self.missing: dict[str, str] = {}
 
     def add(self, name: str, lm: Any, loop: str | None = None) -> None:
-        """In transformers' ``generate``, or in ours: "eager" or "compiled"; or why it does not run."""
+        """In transformers' ``generate``, or in ours: "eager" or "compiled"."""
         lm.generation_config.eos_token_id = None  # all write as many tokens
 
         def stock(count: int) -> Tensor:
@@ -71,17 +72,21 @@ class Ways:
             return torch.stack([*generate(lm, self.ids, self.mask, count, loop == "compiled")], 1)
 
         way = lean if loop else stock
-        try:
-            self.texts[name] = way(self.new)[0, -self.new :].tolist()  # what compiles does so now
-        except Exception as error:  # noqa: BLE001  another package's, of whatever kind: the reason is told
-            self.leave_out(name, f"{type(error).__name__}: {error}")
-        else:
-            self.found[name] = (lm, way)
+        self.texts[name] = way(self.new)[0, -self.new :].tolist()  # what compiles does so now
+        self.found[name] = (lm, way)
 
     def leave_out(self, name: str, reason: str) -> None:
         """Say why."""
         self.missing[name] = (reason.strip().splitlines() or [""])[0]
         print(f"{name:18} does not run here: {self.missing[name]}", flush=True)
+
+    @contextmanager
+    def or_why_not(self, name: str) -> Iterator[None]:
+        """What another package does within it may fail."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  of whatever kind: the reason is told
+            self.leave_out(name, str(error) if isinstance(error, CannotRun) else f"{type(error).__name__}: {error}")
 
     def add_peers(self, folder: Path, compiled: bool) -> None:
         """Those that are installed."""
@@ -94,14 +99,12 @@ class Ways:
                     self.leave_out(peer, str(reason))
                 return
             for peer in PEERS:
-                try:
+                with self.or_why_not(peer):
                     lm = opened(peer, plain)
-                except Exception as error:  # noqa: BLE001  as in ``add``
-                    self.leave_out(peer, str(error))
-                    continue
-                self.add(peer, lm)
-                if peer == "torchao" and compiled:
-                    self.add("torchao compiled", lm, "compiled")
+                    self.add(peer, lm)
+                    if peer == "torchao" and compiled:
+                        with self.or_why_not("torchao compiled"):
+                            self.add("torchao compiled", lm, "compiled")
 
 
 def measured(ways: Ways, rounds: int) -> list[dict[str, Any]]:

@@ -39,19 +39,20 @@ def observed(lm: nn.Module, block: nn.Module, ids: Tensor) -> dict[str, list[Hes
     """Of the inputs of each linear of the block: the Hessian of windows 0, 2, ..., with a ridge, and of 1, 3, ..."""
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     found = {name: [Hessian(m.in_features, ridge) for ridge in (False, True, False)] for name, m in linears.items()}
-    half = [slice(0, 2), slice(2, 3)]
 
-    def look(name: str, x: Tensor) -> None:
-        for metric in found[name][half[0]]:
+    def look(metrics: list[Hessian], x: Tensor) -> None:
+        for metric in metrics:
             metric.update(x[:, 1:])
 
-    hooks = [m.register_forward_pre_hook(lambda _, args, name=n: look(name, args[0])) for n, m in linears.items()]
-    for windows in (ids[0::2], ids[1::2]):
+    for windows, half in ((ids[0::2], slice(0, 2)), (ids[1::2], slice(2, 3))):
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, metrics=found[name][half]: look(metrics, args[0]))
+            for name, module in linears.items()
+        ]
         for window in windows:
             lm(window[None], use_cache=False)
-        half.reverse()
-    for hook in hooks:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return found
 
 
