@@ -116,7 +116,10 @@ def test_hessians_are_those_of_the_inputs_times_the_weights() -> None:
     y = module.activations.dataset.tensors[1]
     for name, hessian in zip(names, found, strict=True):
         weights = token_weights(block, [(x, y)], range(8))[name].double()
-        torch.testing.assert_close(hessian.double(), (read.t() * weights) @ read / weights.sum(), rtol=1e-4, atol=1e-6)
+        mean = (read.t() * weights) @ read / weights.sum()
+        expected = mean + torch.eye(len(mean), dtype=torch.float64) * mean.trace() / len(read)  # the ridge
+        torch.testing.assert_close(hessian.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(plain[0].double(), read.double().t() @ read.double() / len(read), rtol=1e-4, atol=1e-6)
 
 
 def test_gptq_follows_the_weights_unless_told_not_to() -> None:
