@@ -23,6 +23,7 @@ from plquant.formats.quantization_config import (
     online_of,
     quantization_config,
 )
+from plquant.nn.online import Online
 from plquant.nn.output_layer import OutputLayer
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.packed_structure import PackedStructure
@@ -83,7 +84,7 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.kernels:
             for names in self.files:
                 _leave_file_(model, names)
-            _lay_out_head_(model)
+            _lay_out_rest_(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -120,10 +121,13 @@ def lay_out_(lm: PreTrainedModel, device: torch.device) -> None:
             module.kernels = True
             if next(module.buffers()).device.type == device.type:
                 module.prepare_()
-    _lay_out_head_(lm)
+    _lay_out_rest_(lm)
 
 
-def _lay_out_head_(lm: PreTrainedModel) -> None:
+def _lay_out_rest_(lm: PreTrainedModel) -> None:
+    for module in lm.modules():
+        if isinstance(module, Online):
+            module.kernels = True
     head = lm.get_output_embeddings()
     if type(head) is nn.Linear:
         lm.set_output_embeddings(OutputLayer.of(head))

@@ -109,8 +109,9 @@ def test_loaded_gives_the_logits_of_what_was_saved(case: str, dtype: torch.dtype
     plain = logits(lm)
     prepare_linears_(lm)
     assert torch.equal(logits(loaded), logits(lm))
-    if dtype == torch.float32:  # in bf16 rounding moves 4-bit activations to other codes, which is no small change
-        assert (logits(loaded) - plain).norm() < 2e-3 * plain.norm()
+    if dtype == torch.float32:  # rounding may move an activation to another code, which tokens from there on see
+        errors = (logits(loaded) - plain).norm(dim=-1) / plain.norm(dim=-1)
+        assert errors.median() < 1e-5 and errors.max() < 5e-2
     assert loaded.dtype == dtype and not any(p.requires_grad for p in loaded.parameters())
     ours, theirs = lm.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()

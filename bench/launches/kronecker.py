@@ -22,6 +22,7 @@ def cases(target: str) -> Iterator[Case]:
             "scale_ptr": "*fp32:16",
         }
         signature |= {"zero_ptr": "*i32:16", "sum_ptr": "*i32:16", "stride_x": "i32:16", "n1": "i32:16", "n2": "i32:16"}
+        signature["factor"] = "fp32"
         grid = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False}
         yield Case(
             name=f"kronecker {order} x {order}{' quantize' if quantize else ''}",

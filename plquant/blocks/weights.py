@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plquant.blocks.nested import map_tensors
 from plquant.blocks.stand_in import StandIn
 from plquant.blocks.stream_files import pieces
+from plquant.nn.online import Online
 from plquant.nn.packed_linear import PackedLinear
 
 Read: TypeAlias = Callable[[], Mapping[str, Tensor]]
@@ -132,7 +133,7 @@ def run_ahead(
             layer.to(device)
             with ExitStack() as stack:
                 for module in layer.modules():
-                    if isinstance(module, PackedLinear):
+                    if isinstance(module, PackedLinear | Online):
                         stack.enter_context(module.laid_out())
                 for hidden in pieces(x, 1):
                     output = layer(hidden.to(device), **there)

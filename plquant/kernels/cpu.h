@@ -11,7 +11,12 @@
 #include <cstdint>
 #include <vector>
 
+// What loops over registers must be a part of: else they are in memory.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
+
+static inline int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 
 // The same struct in native.py.
 struct Weight {
@@ -79,7 +84,7 @@ static inline __m512i shift16(__m512i v) {
 
 // Codes of the I-th pair of inputs in a unit, in the low bits of 16-bit lanes; what is above them is arbitrary.
 template <int B, int I>
-static inline __m512i code(const __m512i* z) {
+static ALWAYS_INLINE __m512i code(const __m512i* z) {
   constexpr int fours = B == 8 ? 8 : B >= 4 ? 4 : 0, twos = (B & 2) && B != 8 ? 2 : 0;
   __m512i q = B >= 4 ? shift16<4 * (I % 4)>(_mm512_loadu_si512(z + I / 4)) : _mm512_setzero_si512();
   if constexpr (twos && !fours) q = shift16<2 * (I % 8)>(_mm512_loadu_si512(z + I / 8));
@@ -99,7 +104,7 @@ static inline __m512i code(const __m512i* z) {
 
 // Codes of the inputs 2 I, 2 I + 16, 2 I + 1, 2 I + 17 in a unit, as bytes; I from 0 to 7.
 template <int B, int I>
-static inline __m512i quad(const __m512i* z) {
+static ALWAYS_INLINE __m512i quad(const __m512i* z) {
   __m512i low = _mm512_set1_epi16((1 << B) - 1), high = _mm512_slli_epi16(low, 8);
   __m512i q = _mm512_and_si512(code<B, I>(z), low);
   return _mm512_ternarylogic_epi32(q, _mm512_slli_epi16(code<B, I + 8>(z), 8), high, 0xf8);  // q | (next & high)

@@ -1,8 +1,9 @@
 """Which CPU kernel takes which product.
 
-A few rows are multiplied as the codes are read, in one pass. More of them, in bf16 or integers, are multiplied with AMX
-where the CPU has it. Elsewhere the weight is dequantized, some tiles at a time so that they stay in the cache, and
-multiplied by torch; fp16 activations then in fp32: torch has no quick product of them on a CPU.
+A few rows, and any number of integers, are multiplied as the codes are read, in one pass. More rows of bf16, or of
+integers, are multiplied with AMX where the CPU has it. Elsewhere the weight is dequantized, some tiles at a time so
+that they stay in the cache, and multiplied by torch; fp16 activations then in fp32: torch has no quick product of them
+on a CPU.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from plquant.kernels import native
 from plquant.kernels.cpu_layout import TILE, Shape, Weight
 
 SCRATCH_BYTES = 1 << 21  # about a second-level cache
-FEW_BESIDE_AMX = 4  # rows that one pass over the codes takes sooner
-MOST_INTEGER_INPUTS = ((1 << 31) - 1) // 255**2  # whose sum of products fits 32 bits, whatever the codes
+FEW = 32  # rows of bf16 that passes over the codes, 16 at a time, take sooner than a dequantized weight
+FEW_BESIDE_AMX = 4  # than AMX
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape) -> Tensor:
     """``x W^T + bias``; ``x`` [M, K] contiguous."""
     # Folding the scale into an activation rounds it, as dequantizing to bf16 rounds the weight; fp16 and fp32 do not.
     parts, tiled = native.PARTS[x.dtype], x.dtype == torch.bfloat16 and native.amx()
-    if len(x) * parts <= (FEW_BESIDE_AMX if tiled else native.MOST_ROWS):
+    if len(x) * parts <= (FEW_BESIDE_AMX if tiled else FEW):
         return native.few_rows(x, weight, shape, bias, x.dtype, parts)
     if tiled:
         return native.many_rows(x, weight, shape, bias, x.dtype)
@@ -43,15 +44,13 @@ def quantized_linear(
     clip: Tensor | None = None,
 ) -> Tensor:
     """``linear`` of the activations quantized row by row; their steps are integers below 256, exact in bf16."""
-    if not shape.along_out and shape.group_size <= MOST_INTEGER_INPUTS:
-        tiled = native.amx() and shape.groups == 1
-        few = len(x) <= (FEW_BESIDE_AMX if tiled else native.MOST_ROWS)
-        if few or tiled:
-            product = native.few_integer_rows if few else native.many_rows
-            return product(native.row_codes(x, bits, symmetric, offset, clip), weight, shape, bias, x.dtype)
+    if not shape.along_out and shape.group_size <= native.MOST_INTEGER_INPUTS:
+        tiled = shape.groups == 1 and len(x) > FEW_BESIDE_AMX and native.amx()
+        product = native.many_rows if tiled else native.integer_rows
+        return product(native.row_codes(x, bits, symmetric, offset, clip), weight, shape, bias, x.dtype)
     steps, scale = native.quantize_rows(x, bits, symmetric, offset, clip)
     parts, tiled = native.PARTS[x.dtype], x.dtype == torch.bfloat16 and native.amx()
-    if len(x) * parts <= (FEW_BESIDE_AMX if tiled else native.MOST_ROWS):
+    if len(x) * parts <= (FEW_BESIDE_AMX if tiled else FEW):
         return native.few_rows(steps, weight, shape, bias, x.dtype, parts, scale)
     if tiled:
         return native.many_rows(steps.bfloat16(), weight, shape, bias, x.dtype, scale)

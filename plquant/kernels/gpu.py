@@ -55,15 +55,16 @@ def integer_linear(
     clip: Tensor | None = None,
     left: Tensor | None = None,
     right: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
     """``quantized_linear`` as a product of integers; ``dtype`` is that of the model: fp16 or bf16.
 
-    With ``left`` and ``right`` it is that of ``x (L^T kron R)``, which is quantized as it is made.
+    With ``left`` and ``right`` it is that of ``factor x (L^T kron R)``, which is quantized as it is made.
     """
     if left is None or right is None:
         tokens = quantize_tokens(x.to(dtype), bits, symmetric, offset, clip)
     else:
-        tokens = kronecker.quantize(x.to(dtype), left, right, bits, symmetric, offset)
+        tokens = kronecker.quantize(x.to(dtype), left, right, bits, symmetric, offset, factor)
     return _finished(int_gemm.linear(tokens, weight, x.dtype), x, bias)
 
 

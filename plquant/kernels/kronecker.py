@@ -9,32 +9,39 @@ import triton
 from torch import Tensor
 
 from plquant.kernels.kronecker_kernel import kronecker_kernel
-from plquant.kernels.ops import KRONECKER_ORDER
+from plquant.kernels.native import MOST_KRONECKER_ORDER
 from plquant.kernels.token_quantize import QuantizedTokens
 
 # Letters: M rows; X [n1, n2] a row of x.
 
 
-def apply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``x (L^T kron R)``, each row as L X R, both products rounded to the dtype of x.
+def apply(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    """``factor x (L^T kron R)``, each row as factor (L X) R, both products rounded to the dtype of x.
 
     Args:
         x: [M, n1 n2], fp16 or bf16.
         left: L, [n1, n1], in the dtype of x, n1 at most 128.
         right: R, [n2, n2], likewise.
+        factor: Multiplied with the sums of the second product before they are rounded.
 
     Raises:
         ValueError: A shape or dtype is another.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(x, left, right, out, None, None, _options(8, True) | {"QUANTIZE": False})
+    _launch(x, left, right, factor, out, None, None, _options(8, True) | {"QUANTIZE": False})
     return out
 
 
 def quantize(
-    x: Tensor, left: Tensor, right: Tensor, bits: int, symmetric: bool = False, offset: Tensor | None = None
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bits: int,
+    symmetric: bool = False,
+    offset: Tensor | None = None,
+    factor: float = 1.0,
 ) -> QuantizedTokens:
-    """The codes of ``apply(x, left, right)``, as ``quantize_tokens`` makes them, in one launch.
+    """The codes of ``apply(x, left, right, factor)``, as ``quantize_tokens`` makes them, in one launch.
 
     Args:
         x: As in ``apply``.
@@ -43,6 +50,7 @@ def quantize(
         bits: Width of a code, 2 to 8.
         symmetric: No zero-point.
         offset: fp32 [n1 n2], added to the quotient before rounding.
+        factor: As in ``apply``.
 
     Raises:
         ValueError: A shape, dtype or number is another.
@@ -55,7 +63,7 @@ def quantize(
         None if symmetric else x.new_empty(len(x), dtype=torch.int32),
         x.new_empty(len(x), dtype=torch.int32),
     )
-    _launch(x, left, right, result.codes, result, offset, _options(bits, symmetric) | {"QUANTIZE": True})
+    _launch(x, left, right, factor, result.codes, result, offset, _options(bits, symmetric) | {"QUANTIZE": True})
     return result
 
 
@@ -73,6 +81,7 @@ def _launch(
     x: Tensor,
     left: Tensor,
     right: Tensor,
+    factor: float,
     out: Tensor,
     codes: QuantizedTokens | None,
     offset: Tensor | None,
@@ -81,8 +90,8 @@ def _launch(
     n1, n2 = len(left), len(right)
     if left.shape != (n1, n1) or right.shape != (n2, n2) or x.dim() != 2 or x.shape[1] != n1 * n2:
         raise ValueError(f"x {tuple(x.shape)} is not rows of {tuple(left.shape)} times {tuple(right.shape)} matrices")
-    if max(n1, n2) > KRONECKER_ORDER:
-        raise ValueError(f"factors of {n1} and {n2} are larger than {KRONECKER_ORDER}, which fit in registers")
+    if max(n1, n2) > MOST_KRONECKER_ORDER:
+        raise ValueError(f"factors of {n1} and {n2} are larger than {MOST_KRONECKER_ORDER}, which fit in registers")
     if x.dtype not in (torch.float16, torch.bfloat16) or {left.dtype, right.dtype} != {x.dtype}:
         raise ValueError(f"x, left and right are {x.dtype}, {left.dtype}, {right.dtype}, not all fp16 or all bf16")
     if x.stride(1) != 1:
@@ -93,5 +102,5 @@ def _launch(
     tensors = (x, left.contiguous(), right.contiguous(), out, scale if offset is None else offset, scale, zero, sums)
     with torch.cuda.device_of(x):
         kronecker_kernel[(len(x),)](
-            *tensors, x.stride(0), n1, n2, OFFSET=offset is not None, **options, **sizes(n1, n2)
+            *tensors, x.stride(0), n1, n2, factor, OFFSET=offset is not None, **options, **sizes(n1, n2)
         )

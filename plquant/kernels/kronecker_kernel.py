@@ -1,4 +1,4 @@
-"""x (L^T kron R) as L X R, X [n1, n2] the row x, and the codes of it: one launch, one row in registers at a time."""
+"""f x (L^T kron R) as f (L X) R, X [n1, n2] the row x, and the codes of it: one launch, a row in registers each."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def kronecker_kernel(
     stride_x,
     n1,
     n2,
+    factor,
     QUANTIZE: tl.constexpr,
     OFFSET: tl.constexpr,
     QMIN: tl.constexpr,
@@ -31,7 +32,8 @@ def kronecker_kernel(
 ):
     """``out``: the rows themselves, or int8 codes with QUANTIZE; N1 and N2 are powers of two and hold n1 and n2.
 
-    Both products are rounded to the dtype of x, as two modules one after the other round them.
+    ``factor`` is multiplied with the sums of the second product. Both products are rounded to the dtype of x, as two
+    modules one after the other round them.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0)
@@ -44,7 +46,7 @@ def kronecker_kernel(
     k = tl.arange(0, N2)
     right = tl.load(right_ptr + k[:, None] * n2 + j[None, :], mask=(k < n2)[:, None] & (j < n2)[None, :], other=0.0)
     half = tl.dot(left, x).to(DTYPE)
-    y = tl.dot(half, right).to(DTYPE)
+    y = (tl.dot(half, right) * factor).to(DTYPE)
     out_at = out_ptr + row.to(tl.int64) * (n1 * n2) + at
     if not QUANTIZE:
         tl.store(out_at, y, mask=inside)

@@ -31,9 +31,20 @@ DISPATCH_FLAGS = [
 ]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}  # bf16 numbers whose sum an activation is
-MOST_ROWS = 16  # of bf16, at once
 MOST_DENSE_ROWS = 4  # the same, where the weight is bf16
 MOST_DISPATCHED_ROWS = 4  # that ``ops.few_rows`` takes: more of them gain nothing
+MOST_INTEGER_INPUTS = ((1 << 31) - 1) // 255**2  # whose sum of products fits 32 bits, whatever the codes
+MOST_KRONECKER_ORDER = 128  # of the largest factor that fits in a GPU's registers
+
+
+DISPATCHED = ("few_rows", "integer_rows", "quantize_rows", "kronecker")
+
+
+class _Kernels(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in DISPATCHED],
+        *[(name, ctypes.c_int64) for name in ("most_rows", "most_inputs", "most_order")],
+    ]
 
 
 class _Weight(ctypes.Structure):
@@ -68,7 +79,7 @@ def few_rows(
     """``x W^T row_scale + bias``.
 
     Args:
-        x: [M, K], contiguous; M times ``parts`` at most ``MOST_ROWS``.
+        x: [M, K], contiguous.
         weight: The weight.
         shape: Its shape.
         bias: [N] of ``dtype``, or ``None``.
@@ -112,6 +123,7 @@ def quantize_rows(
     _library().plquant_quantize_rows(
         *[x.data_ptr(), DTYPES[x.dtype], *x.shape, bits, symmetric],
         *[_pointer(offset), _pointer(clip), steps.data_ptr(), scales.data_ptr(), None, None, None],
+        torch.get_num_threads(),
     )
     return steps, scales
 
@@ -139,15 +151,15 @@ def row_codes(x: Tensor, bits: int, symmetric: bool, offset: Tensor | None, clip
     _library().plquant_quantize_rows(
         *[x.data_ptr(), DTYPES[x.dtype], *x.shape, bits, symmetric],
         *[_pointer(offset), _pointer(clip), None, found.scale.data_ptr(), found.codes.data_ptr()],
-        *[zero_point.data_ptr(), sums.data_ptr()],
+        *[zero_point.data_ptr(), sums.data_ptr(), torch.get_num_threads()],
     )
     return found
 
 
-def few_integer_rows(x: Codes, weight: Weight, shape: Shape, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x W^T + bias``, [M, N] of ``dtype``, M at most ``MOST_ROWS``; groups along the input."""
+def integer_rows(x: Codes, weight: Weight, shape: Shape, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x W^T + bias``, [M, N] of ``dtype``; groups along the input."""
     out = x.scale.new_empty(len(x.codes), shape.out_features, dtype=dtype)
-    _library().plquant_few_integer_rows(
+    _library().plquant_integer_rows(
         *[_described(weight, shape), x.codes.data_ptr(), len(x.codes), x.scale.data_ptr(), x.zero_point.data_ptr()],
         *[_pointer(bias), out.data_ptr(), DTYPES[dtype]],
     )
@@ -185,6 +197,16 @@ def many_rows(
     return out
 
 
+def kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """``factor x (L^T kron R)``: x [M, n1 n2], L [n1, n1], R [n2, n2], all bf16 and contiguous."""
+    out = torch.empty_like(x)
+    _library().plquant_kronecker(
+        *[tensor.data_ptr() for tensor in (x, left, right)],
+        *[factor, out.data_ptr(), len(x), len(left), len(right), torch.get_num_threads()],
+    )
+    return out
+
+
 @cache
 def amx() -> bool:
     """Whether the CPU has AMX, the system lets us use it, and the compiler knows it."""
@@ -206,7 +228,7 @@ def available() -> bool:
 
 @cache
 def dispatch_() -> None:
-    """Have ``ops.few_rows`` called without Python; where that cannot be had a warning says, once, why."""
+    """Have ops of few rows called without Python; where that cannot be had a warning says, once, why."""
     too_old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
     reason = "that needs torch 2.10 or later" if too_old else missing(_dispatch_library)
     if reason:
@@ -216,8 +238,9 @@ def dispatch_() -> None:
 @cache
 def _dispatch_library() -> ctypes.CDLL:
     found = library(DISPATCH_SOURCE, *DISPATCH_FLAGS)
-    found.plquant_dispatch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    found.plquant_dispatch(ctypes.cast(_library().plquant_few_rows, ctypes.c_void_p), MOST_DISPATCHED_ROWS)
+    found.plquant_dispatch.argtypes = [ctypes.POINTER(_Kernels)]
+    kernels = [ctypes.cast(getattr(_library(), f"plquant_{name}"), ctypes.c_void_p) for name in DISPATCHED]
+    found.plquant_dispatch(_Kernels(*kernels, MOST_DISPATCHED_ROWS, MOST_INTEGER_INPUTS, MOST_KRONECKER_ORDER))
     return found
 
 
@@ -234,14 +257,16 @@ def _library() -> ctypes.CDLL:
     weight, pointer, wide, narrow = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     few: list[Any] = [weight, pointer, narrow, narrow, wide, pointer, pointer, pointer, narrow]
     many: list[Any] = [weight, wide, wide, wide, pointer, narrow]
-    rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, *[pointer] * 7]
+    rows: list[Any] = [pointer, narrow, wide, wide, narrow, narrow, *[pointer] * 7, narrow]
     integers: list[Any] = [weight, pointer, wide, *[pointer] * 4, narrow]
     dense: list[Any] = [*[pointer] * 4, *[wide] * 3, narrow]
+    product: list[Any] = [*[pointer] * 3, ctypes.c_float, pointer, *[wide] * 3, narrow]
     found.plquant_dense_rows.argtypes = dense
     found.plquant_few_rows.argtypes = few
     found.plquant_dequantize.argtypes = many
     found.plquant_quantize_rows.argtypes = rows
-    found.plquant_few_integer_rows.argtypes = integers
+    found.plquant_integer_rows.argtypes = integers
+    found.plquant_kronecker.argtypes = product
     return found
 
 

@@ -3,12 +3,12 @@
 All take activations [..., K] of fp32, bf16 or fp16, and a weight in one of the layouts of ``run_time``:
 
     linear, quantized_linear                      ``cpu_layout.Weight``; in plain PyTorch where a CPU has no kernels
-    few_rows                                      as ``linear``, of the few that ``run_time`` sends here; dispatch.cpp
+    few_rows, few_quantized_rows                  the same, of the few that ``run_time`` sends here; dispatch.cpp
     fragment_linear, fragment_quantized_linear    ``layout.PackedWeight``
-    integer_linear                                ``int_gemm.IntWeight``; left and right are of a Kronecker product that
-                                                  activations are multiplied with before they are quantized
+    integer_linear                                ``int_gemm.IntWeight``; left, right and factor are of a Kronecker
+                                                  product that activations are multiplied with before they are quantized
 
-``kronecker`` is that product alone. ``dense_linear`` takes a plain weight.
+``kronecker`` is that product alone, on a GPU; ``cpu_kronecker`` on a CPU. ``dense_linear`` takes a plain weight.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ _SHAPE = "int out_features, int in_features, int bits, int group_size, bool alon
 _INPUTS = "int x_bits, bool x_symmetric, Tensor? x_offset, Tensor? x_clip=None"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
-KRONECKER_ORDER = 128  # of the largest factor that fits in registers
 
 _library = torch.library.Library("plquant", "DEF")
 _library.define(f"linear(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")
 _library.define(f"few_rows(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")
 _library.define(f"quantized_linear(Tensor x, {_WEIGHT}, {_SHAPE}, {_INPUTS}) -> Tensor")
+_library.define(f"few_quantized_rows(Tensor x, {_WEIGHT}, {_SHAPE}, {_INPUTS}) -> Tensor")
 _library.define(f"fragment_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain) -> Tensor")
 _library.define(f"fragment_quantized_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain, {_INPUTS}) -> Tensor")
-_FACTORS = "Tensor? left=None, Tensor? right=None"
+_FACTORS = "Tensor? left=None, Tensor? right=None, float factor=1.0"
 _library.define(f"integer_linear(Tensor x, {_INTEGERS}, {_SHAPE}, ScalarType dtype, {_INPUTS}, {_FACTORS}) -> Tensor")
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("kronecker(Tensor x, Tensor left, Tensor right) -> Tensor")
+for _name in ("kronecker", "cpu_kronecker"):
+    _library.define(f"{_name}(Tensor x, Tensor left, Tensor right, float factor=1.0) -> Tensor")
 
 
 def _expect(condition: bool, name: str, expected: str, given: object) -> None:
@@ -251,23 +252,30 @@ def _check_integers(
 def _check_factors(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     for name, matrix in (("left", left), ("right", right)):
         order = len(matrix)
-        _expect(order <= KRONECKER_ORDER, name, f"of at most {KRONECKER_ORDER} rows", order)
+        _expect(order <= native.MOST_KRONECKER_ORDER, name, f"of at most {native.MOST_KRONECKER_ORDER} rows", order)
         _check_tensor(x, name, matrix, (dtype,), (order, order))
     if x.shape[-1] != len(left) * len(right):
         _expect(False, "x", f"of shape [..., {len(left) * len(right)}]", list(x.shape))
 
 
-def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
     _expect(x.dtype in _HALVES, "x", "bfloat16 or float16", x.dtype)
     _check_factors(x, left, right, x.dtype)
     if x.numel() == 0:
         return torch.empty_like(x)
     from plquant.kernels import kronecker  # needs triton
 
-    return kronecker.apply(x.reshape(-1, x.shape[-1]), left, right).view(x.shape)
+    return kronecker.apply(x.reshape(-1, x.shape[-1]), left, right, factor).view(x.shape)
 
 
-def _fake_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _cpu_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    _expect(x.dtype == torch.bfloat16, "x", "bfloat16", x.dtype)
+    _check_factors(x, left, right, x.dtype)
+    product = native.kronecker if x.numel() and _has_kernels(x.device) else reference.kronecker
+    return product(x.reshape(-1, x.shape[-1]).contiguous(), left, right, factor).view(x.shape)
+
+
+def _fake_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
     _check_factors(x, left, right, x.dtype)
     return x.new_empty(x.shape)
 
@@ -298,10 +306,12 @@ for _name, _implementation, _shapes in (
     ("linear", _linear, _fake),
     ("few_rows", _linear, _fake),
     ("quantized_linear", _quantized_linear, _fake),
+    ("few_quantized_rows", _quantized_linear, _fake),
     ("fragment_linear", _fragment_linear, _fake_fragment_linear),
     ("fragment_quantized_linear", _fragment_linear, _fake_fragment_linear),
     ("integer_linear", _integer_linear, _fake_integer_linear),
     ("kronecker", _kronecker, _fake_kronecker),
+    ("cpu_kronecker", _cpu_kronecker, _fake_kronecker),
     ("dense_linear", _dense_linear, _fake_dense_linear),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -310,8 +320,10 @@ for _name, _implementation, _shapes in (
 linear = torch.ops.plquant.linear
 few_rows = torch.ops.plquant.few_rows
 quantized_linear = torch.ops.plquant.quantized_linear
+few_quantized_rows = torch.ops.plquant.few_quantized_rows
 fragment_linear = torch.ops.plquant.fragment_linear
 fragment_quantized_linear = torch.ops.plquant.fragment_quantized_linear
 integer_linear = torch.ops.plquant.integer_linear
 kronecker = torch.ops.plquant.kronecker
+cpu_kronecker = torch.ops.plquant.cpu_kronecker
 dense_linear = torch.ops.plquant.dense_linear

@@ -68,3 +68,9 @@ def quantized_linear(
 def _spread(values: Tensor, shape: Shape) -> Tensor:
     """A value per group -> one per weight, [N, K]."""
     return values.repeat_interleave(shape.group_size, 0 if shape.along_out else 1)
+
+
+def kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """``factor x (L^T kron R)``, each row [n1, n2] as factor (L X) R, both products rounded to the dtype of x."""
+    half = left @ x.unflatten(-1, (len(left), len(right)))
+    return (half.float() @ right.float() * factor).to(x.dtype).flatten(-2)

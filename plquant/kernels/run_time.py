@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, Self
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from plquant.kernels import cpu_layout, layout, native, ops
-from plquant.kernels.cpu import MOST_INTEGER_INPUTS
 from plquant.kernels.cpu_layout import Shape
 
 Tensors = dict[str, Any]  # Tensor or None
@@ -105,9 +105,10 @@ class Vectors(RunTime):
     def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None, inputs: Inputs | None) -> Tensor:
         """By ``cpu``."""
         weight = (*tensors.values(), bias, *self.shape)
-        if inputs is not None:
-            return ops.quantized_linear(x, *weight, *inputs)
-        return ops.few_rows(x, *weight) if self._few(x) else ops.linear(x, *weight)
+        few = self._few(x)
+        if inputs is None:
+            return ops.few_rows(x, *weight) if few else ops.linear(x, *weight)
+        return ops.few_quantized_rows(x, *weight, *inputs) if few else ops.quantized_linear(x, *weight, *inputs)
 
     def _few(self, x: Tensor) -> bool:
         width = self.shape.in_features
@@ -183,9 +184,9 @@ class Integers(RunTime):
         tensors: Tensors,
         bias: Tensor | None,
         inputs: Inputs | None,
-        factors: tuple[Tensor, Tensor] | None = None,
+        factors: tuple[Tensor, Tensor, float] | None = None,
     ) -> Tensor:
-        """By ``gpu``; of ``x (L^T kron R)`` with factors L and R, for which ``inputs`` have no ``clip``."""
+        """By ``gpu``; of ``s x (L^T kron R)`` with factors L, R and s, for which ``inputs`` have no ``clip``."""
         assert inputs is not None
         weight = (*tensors.values(), bias, *self.shape, self.dtype)
         return ops.integer_linear(x, *weight, *inputs, *(factors or ()))
@@ -205,18 +206,19 @@ def kind(device: torch.device, dtype: torch.dtype, shape: Shape, quantized_input
         _warn(missing)
         return None
     per_output = not shape.along_out and shape.groups == 1
-    return Integers if quantized_inputs and per_output and shape.in_features <= MOST_INTEGER_INPUTS else Fragments
+    fits = per_output and shape.in_features <= native.MOST_INTEGER_INPUTS
+    return Integers if quantized_inputs and fits else Fragments
 
 
-def takes_kronecker(x: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Whether ``ops.kronecker`` is for these; it has no gradient."""
-    return (
-        has_triton(x.device)
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and {left.dtype, right.dtype} == {x.dtype}
-        and max(len(left), len(right)) <= ops.KRONECKER_ORDER
-        and not (torch.is_grad_enabled() and x.requires_grad)
-    )
+def kronecker_op(x: Tensor, left: Tensor, right: Tensor) -> Callable[..., Tensor] | None:
+    """``ops.kronecker`` or ``ops.cpu_kronecker``, whichever is for these; ``None``: torch's products are."""
+    if x.dtype != left.dtype or x.dtype != right.dtype or max(len(left), len(right)) > native.MOST_KRONECKER_ORDER:
+        return None
+    if torch.is_grad_enabled() and x.requires_grad:  # they have none
+        return None
+    if x.dtype in (torch.float16, torch.bfloat16) and has_triton(x.device):
+        return ops.kronecker
+    return ops.cpu_kronecker if x.dtype == torch.bfloat16 and x.is_cpu else None
 
 
 def has_triton(device: torch.device) -> bool:

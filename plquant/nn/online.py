@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,15 +16,29 @@ from plquant.transforms.online import OnlineOp, make_op
 
 
 class Online(nn.Sequential):
-    """Run-time operations, in order, [..., I] -> [..., I'], on the input or the output of the module they are of."""
+    """Run-time operations, in order, [..., I] -> [..., I'], on the input or the output of the module they are of.
+
+    Attributes:
+        kernels: Do them by kernels where there are some, which sum in an order of their own.
+    """
 
     at: Where = "input"
+    kernels = False
 
     def forward(self, x: Tensor) -> Tensor:
         """All of them."""
         for op in self:
-            x = applied(op, x)
+            x = applied(op, x) if self.kernels else op(x)
         return x
+
+    @contextmanager
+    def laid_out(self) -> Iterator[None]:
+        """Within it by kernels."""
+        wanted, self.kernels = self.kernels, True
+        try:
+            yield
+        finally:
+            self.kernels = wanted
 
     def __iter__(self) -> Iterator[OnlineOp]:
         """One by one."""

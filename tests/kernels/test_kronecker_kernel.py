@@ -26,6 +26,7 @@ def test_the_operation_and_its_codes(orders: tuple[int, int], dtype: torch.dtype
     x, left, right = operands(3, *orders, dtype)
     expected = apply_kronecker(x, left, right)
     assert torch.equal(kronecker.apply(x, left, right), expected)
+    assert torch.equal(kronecker.apply(x, left, right, 0.75), apply_kronecker(x, left, right, 0.75))
     for bits, symmetric in ((8, True), (4, False)):
         offset = None if symmetric else torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0)) - 0.5
         found = kronecker.quantize(x, left, right, bits, symmetric, offset)

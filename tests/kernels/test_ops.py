@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plquant.kernels import cpu, native, ops, reference, run_time
+from plquant.kernels import native, ops, reference, run_time
 from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
 
 N, K = 96, 192
@@ -63,10 +63,10 @@ def test_products_are_those_of_the_reference(
     bits: int, along_out: bool, size: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     weight, shape, _ = made(bits, along_out, size, dtype, symmetric)
-    for m in (1, 3, 8, 40):  # the last dequantizes, and rounds weights to the dtype; AMX does with 5 already
+    for m in (1, 3, 8, 20, 40):  # the last dequantizes, and rounds weights to the dtype; AMX does with 5 already
         x, bias = activations(m, dtype)
         expected = x.double() @ exact(weight, shape).t() + bias.double()
-        rounds = m == 40 or (dtype == torch.bfloat16 and (along_out or m > 4))
+        rounds = m >= 20 or (dtype == torch.bfloat16 and (along_out or m > 4))
         assert error(ops.linear(x, *weight, bias, *shape), expected) < BOUND[dtype] * (2 if rounds else 1)
 
 
@@ -87,12 +87,15 @@ def test_called_without_python_it_is_the_same_product(
             for rows, added in ((x, None), (x[None], bias)):
                 output = ops.few_rows(rows, *weight, added, *shape)
                 assert torch.equal(output, ops.linear(rows, *weight, added, *shape))
+                for inputs in ((4, False, torch.linspace(-0.4, 0.3, K), torch.tensor([0.6, 0.8])), (8, True, None)):
+                    output = ops.few_quantized_rows(rows, *weight, added, *shape, *inputs)
+                    assert torch.equal(output, ops.quantized_linear(rows, *weight, added, *shape, *inputs))
 
 
 @needs_kernels
 def test_few_rows_in_bf16_are_called_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    for name in ("few_rows", "linear"):
+    for name in ("few_rows", "linear", "few_quantized_rows", "quantized_linear"):
         monkeypatch.setattr(ops, name, lambda x, *rest, name=name: called.append(name))
     _, shape, codes = made(4, False, 32)
     kept, tensors = run_time.Vectors.lay_out(run_time.Affine(codes, torch.ones(N, K // 32), None), shape)
@@ -100,6 +103,10 @@ def test_few_rows_in_bf16_are_called_without_python(monkeypatch: pytest.MonkeyPa
         kept.linear(x.bfloat16(), tensors, None, None)
     kept.linear(torch.zeros(1, K), tensors, None, None)
     assert called == ["few_rows"] * 2 + ["linear"] * 3
+    called.clear()
+    for rows in (4, 5):
+        kept.linear(torch.zeros(rows, K).bfloat16(), tensors, None, run_time.Inputs(4, False, None))
+    assert called == ["few_quantized_rows", "quantized_linear"]
 
 
 @needs_kernels
@@ -118,6 +125,14 @@ def test_called_without_python_it_names_a_wrong_argument() -> None:
     for name, arguments in wrong:
         with pytest.raises(RuntimeError, match=f"argument `{name}`"):
             ops.few_rows(**right | arguments)
+    right |= {"x_bits": 4, "x_symmetric": False, "x_offset": torch.zeros(K), "x_clip": torch.ones(2)}
+    wrong += [("x_bits", {"x_bits": bits}) for bits in (1, 9)]
+    wrong += [("x_offset", {"x_offset": offset}) for offset in (torch.zeros(K - 1), torch.zeros(K).double())]
+    wrong += [("x_clip", {"x_clip": torch.ones(1)})]
+    ops.few_quantized_rows(**right)
+    for name, arguments in wrong:
+        with pytest.raises(RuntimeError, match=f"argument `{name}`"):
+            ops.few_quantized_rows(**right | arguments)
 
 
 @needs_kernels
@@ -130,12 +145,12 @@ def test_quantized_products_are_those_of_the_codes(
 ) -> None:
     weight, shape, _ = made(bits, along_out, 96, dtype, symmetric)
     offset, clip = torch.linspace(-0.4, 0.3, K), torch.tensor([0.6, 0.8])
-    for m in (1, 5, 40):
+    for m in (1, 3, 5, 16, 17, 40):  # blocks of 1, 4 and 16 rows
         x, bias = activations(m, dtype)
         steps, scale = reference.quantize_rows(x, bits, symmetric, offset, clip)
         expected = scale.double() * (steps.double() @ exact(weight, shape).t()) + bias.double()
         output = ops.quantized_linear(x, *weight, bias, *shape, bits, symmetric, offset, clip)
-        rounds = m == 40 or (dtype == torch.bfloat16 and along_out)
+        rounds = along_out and (m >= 16 or dtype == torch.bfloat16)
         assert error(output, expected) < BOUND[dtype] * (2 if rounds else 1)
 
 
@@ -199,10 +214,10 @@ def test_products_with_a_plain_weight(threads: int, dtype: torch.dtype) -> None:
 @needs_kernels
 def test_integer_products_are_exact() -> None:
     """Codes at their ends, over so many inputs that a sum just fits 32 bits."""
-    k = cpu.MOST_INTEGER_INPUTS
+    k = native.MOST_INTEGER_INPUTS
     shape = Shape(16, k, 8, k, False)
     weight = lay_out(torch.full((16, k), 255, dtype=torch.uint8), torch.ones(16, 1), torch.zeros(16, 1).byte(), shape)
-    for m in (1, 4, 6):
+    for m in (1, 4, 6, 33, 530):
         x = -torch.ones(m, k)
         x[0] = 1
         output = ops.quantized_linear(x, *weight, None, *shape, 8, False, None)

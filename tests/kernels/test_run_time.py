@@ -125,6 +125,7 @@ def test_kronecker_products_run_in_their_kernel(dtype: torch.dtype, monkeypatch:
     op = rotation(dtype)
     norm = nn.Identity()
     attach_online_(norm, [op, op])
+    norm.online.kernels = True
     x = whole_numbers(6, dtype).view(2, 3, 160)
     assert torch.equal(norm(x), op(op(x))) and launches == [6, 6]
     assert norm(x[:0]).shape == (0, 3, 160)
@@ -165,12 +166,16 @@ def test_activations_are_quantized_as_they_are_rotated(
 
 
 @pytest.mark.usefixtures("pretended")
-def test_a_scale_of_the_product_is_not_lost() -> None:
-    """As rotations of widths have that are no power of four; the kernel has none, so it is not asked."""
+def test_a_scale_of_the_product_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rotations of widths have that are no power of four."""
+    launches: list[int] = []
+    launch = kronecker._launch
+    monkeypatch.setattr(kronecker, "_launch", lambda x, *rest: launches.append(len(x)) or launch(x, *rest))
     x, op = whole_numbers(4, torch.bfloat16), rotation(torch.bfloat16)
     scaled = KroneckerOp(op.left, op.right, 0.75)
     norm = nn.Identity()
     attach_online_(norm, [scaled])
+    norm.online.kernels = True
     assert torch.equal(norm(x), scaled(x)) and not torch.equal(norm(x), op(x))
     linear = made(CHANNEL, 4, torch.bfloat16)
     assert linear.inputs is not None
@@ -179,6 +184,7 @@ def test_a_scale_of_the_product_is_not_lost() -> None:
     expected = linear(scaled(x))
     attach_online_(linear, [scaled])
     assert torch.equal(linear(x), expected)
+    assert launches == [4, 4, 4]
 
 
 @pytest.mark.usefixtures("pretended")
