@@ -33,6 +33,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def no_seed_left() -> Iterator[None]:
+    """Lightning keeps the seed of a command in the environment, where the next test's run would find it."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Matrices this small only wait for a second thread."""
     threads = torch.get_num_threads()
