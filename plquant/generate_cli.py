@@ -21,9 +21,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kv_cache",
         choices=["float", "integer"],
-        default="float",
-        help="how keys and values are kept: rounded when they are read, or as integers of the run's bits, for the same "
-        "text in less memory (default: %(default)s)",
+        help="how keys and values are kept: rounded whenever they are read, or as integers of the run's bits, for the "
+        "same text in less memory and time (default: integer where the run quantizes them)",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is a GPU, else cpu)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
@@ -52,9 +51,7 @@ def _generate(options: argparse.Namespace) -> None:
     from plquant.generation import end_tokens, generate
     from plquant.packed_model import load
 
-    device, integers = _device(options.device), options.kv_cache == "integer"
-    if integers:
-        _check_keys_are_quantized(options)
+    device, integers = _device(options.device), _keeps_integers(options)
     lm = load(options.folder, trust_remote_code=options.trust_remote_code).to(device)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
     tokenizer.padding_side = "left"
@@ -103,7 +100,7 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _check_keys_are_quantized(options: argparse.Namespace) -> None:
+def _keeps_integers(options: argparse.Namespace) -> bool:
     from transformers import AutoConfig
 
     from plquant.formats.quantization_config import activations_of
@@ -111,11 +108,13 @@ def _check_keys_are_quantized(options: argparse.Namespace) -> None:
     config = AutoConfig.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     activations = None if stored is None else activations_of(stored)
-    if activations is None or activations.kv_bits is None:
+    quantized = activations is not None and activations.kv_bits is not None
+    if options.kv_cache == "integer" and not quantized:
         raise ValueError(
             f"--kv_cache=integer: {options.folder} keeps keys and values in floating point; choose float, or calibrate "
             "with --model.activations.kv 2 to 8"
         )
+    return quantized and options.kv_cache != "float"
 
 
 def _in_template(tokenizer: Any, text: str) -> Any:

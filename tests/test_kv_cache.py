@@ -108,16 +108,20 @@ def test_a_model_without_quantized_keys_has_none(grid: ActivationGrid | None) ->
         pq.integer_cache(lm)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = []
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, made = [], []
+    kept = pq.integer_cache
+    monkeypatch.setattr("plquant.kv_cache.integer_cache", lambda *args: made.append(1) or kept(*args))
     for name, activations in (("kv4", ActivationGrid(None, kv=4)), ("kv16", None)):
         folder = save(packed(dtype=torch.float32, activations=activations), tmp_path / name, activations)
         byte_tokenizer().save_pretrained(folder)
     line = ["generate", str(tmp_path / "kv4"), "--prompt", "!", "--max_new_tokens", "5", "--device", "cpu"]
-    for kind in ("float", "integer"):
-        main([*line, "--kv_cache", kind])
+    for option in (["--kv_cache", "float"], ["--kv_cache", "integer"], []):
+        main([*line, *option])
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
+    assert len(set(texts)) == 1 and len(made) == 2
+    main(["generate", str(tmp_path / "kv16"), "--prompt", "!", "--max_new_tokens", "2", "--device", "cpu"])
+    assert len(made) == 2
     with pytest.raises(
         SystemExit, match="--kv_cache=integer: .*kv16 keeps keys and values in floating point; choose fl"
     ):
