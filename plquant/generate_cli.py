@@ -49,9 +49,12 @@ def _generate(options: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from plquant.generation import end_tokens, generate
+    from plquant.kv_cache import quantizes_keys
     from plquant.packed_model import load
 
-    device, integers = _device(options.device), _keeps_integers(options)
+    device = _device(options.device)
+    if options.kv_cache == "integer":
+        _check_keys_are_quantized(options)
     lm = load(options.folder, trust_remote_code=options.trust_remote_code).to(device)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
     tokenizer.padding_side = "left"
@@ -59,6 +62,7 @@ def _generate(options: argparse.Namespace) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     texts = [_in_template(tokenizer, text) if options.chat else text for text in options.prompt]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not options.chat).to(device)
+    integers = options.kv_cache != "float" and quantizes_keys(lm)
     ends, found, shown = end_tokens(lm), torch.empty(len(texts), 0, dtype=torch.long), ""
     start = time.perf_counter()
     room = options.max_new_tokens
@@ -100,21 +104,22 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _keeps_integers(options: argparse.Namespace) -> bool:
+def _check_keys_are_quantized(options: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from plquant.formats.quantization_config import activations_of
 
     config = AutoConfig.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
     stored = getattr(config, "quantization_config", None)
-    activations = None if stored is None else activations_of(stored)
-    quantized = activations is not None and activations.kv_bits is not None
-    if options.kv_cache == "integer" and not quantized:
+    try:
+        activations = None if stored is None else activations_of(stored)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # opening the folder says what is wrong with it
+    if activations is None or activations.kv_bits is None:
         raise ValueError(
             f"--kv_cache=integer: {options.folder} keeps keys and values in floating point; choose float, or calibrate "
             "with --model.activations.kv 2 to 8"
         )
-    return quantized and options.kv_cache != "float"
 
 
 def _in_template(tokenizer: Any, text: str) -> Any:

@@ -48,12 +48,7 @@ def integer_cache(lm: PreTrainedModel, max_cache_len: int | None = None) -> Cach
     Raises:
         ValueError: The model does not quantize its keys and values.
     """
-    quantizers = {}
-    for module in lm.modules():
-        quantizer = getattr(module, CHILD, None)
-        if isinstance(quantizer, AttentionQuantizer) and quantizer.grid.kv_bits is not None:
-            index: Any = module.layer_idx
-            quantizers[index] = quantizer
+    quantizers = _quantizers(lm)
     if not quantizers:
         raise ValueError(
             "this model keeps keys and values in floating point, and so does its cache; for integers calibrate with "
@@ -66,3 +61,19 @@ def integer_cache(lm: PreTrainedModel, max_cache_len: int | None = None) -> Cach
     )
     cache.quantizers = quantizers
     return cache
+
+
+def quantizes_keys(lm: PreTrainedModel) -> bool:
+    """Whether a model quantizes its keys and values, so that there is an ``integer_cache`` for it."""
+    return bool(_quantizers(lm))
+
+
+def _quantizers(lm: PreTrainedModel) -> dict[int, AttentionQuantizer]:
+    """By the number of the layer."""
+    found = {}
+    for module in lm.modules():
+        quantizer = getattr(module, CHILD, None)
+        if isinstance(quantizer, AttentionQuantizer) and quantizer.grid.kv_bits is not None:
+            index: Any = module.layer_idx
+            found[index] = quantizer
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         SystemExit, match="--kv_cache=integer: .*kv16 keeps keys and values in floating point; choose fl"
     ):
         main(["generate", str(tmp_path / "kv16"), "--prompt", "!", "--kv_cache", "integer"])
+    path = tmp_path / "kv16" / "config.json"
+    foreign = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    path.write_text(json.dumps(foreign))
+    for option in ([], ["--kv_cache", "integer"]):
+        with pytest.raises(SystemExit, match="not in the format that plquant reads"):
+            main(["generate", str(tmp_path / "kv16"), "--prompt", "!", "--device", "cpu", *option])

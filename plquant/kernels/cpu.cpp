@@ -34,7 +34,7 @@ static __m512i make_table() {
 // set for each group of outputs.
 struct Rows {
   int64_t count, sets, groups;
-  std::vector<uint16_t> values;
+  std::vector<int32_t> values;
   std::vector<float> sums;
 };
 
@@ -58,7 +58,7 @@ static void split(const Weight& w, const Shape& s, const void* x, int dtype, int
             __m256i half = to_bf16(v);
             alignas(32) int32_t pairs[8];
             _mm256_store_si256((__m256i*)pairs, half);
-            int32_t* to = (int32_t*)rows.values.data() + (set * s.padded_k + g * padded + k) / 2 * rows.count;
+            int32_t* to = rows.values.data() + (set * s.padded_k + g * padded + k) / 2 * rows.count;
             for (int64_t j = 0; j < 8; j++) to[j * rows.count + i * parts + p] = pairs[j];
             __m512 rounded = load16(&half, 0, BF16);
             sums[p] = _mm512_fmadd_ps(rounded, z, sums[p]);
@@ -111,7 +111,7 @@ static void some_tiles(const Weight& w, const Shape& s, const Rows& rows, const 
   Step<B, R, E> step{make_table<B>()};
   int64_t set = w.along_out ? tile * 16 / s.padded_size : 0, groups = w.along_out ? 1 : s.groups;
   int64_t units = s.units / groups, padded_n = s.tiles * 16;
-  const int32_t* x = (const int32_t*)rows.values.data() + set * s.padded_k / 2 * R;
+  const int32_t* x = rows.values.data() + set * s.padded_k / 2 * R;
   const float* sums = rows.sums.data() + set * rows.count * groups;
   const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
   __m512 total[T][R];
@@ -181,12 +181,13 @@ static void all_rows(const Weight& w, const Shape& s, const Rows& rows, const Ou
 
 static void one_pass(const Weight& w, const Shape& s, const void* x, int x_dtype, int parts, int64_t m,
                      const float* row_scale, const void* bias, void* y, int y_dtype) {
+  if (!s.tiles) return;
   static thread_local Rows rows;
   rows.count = 1;
   while (rows.count < m * parts) rows.count *= 2;
   rows.sets = w.along_out ? s.groups : 1;
   rows.groups = w.along_out ? 1 : s.groups;
-  rows.values.assign(rows.sets * rows.count * s.padded_k, 0);
+  rows.values.assign(rows.sets * rows.count * s.padded_k / 2, 0);
   rows.sums.assign(rows.sets * rows.count * rows.groups, 0);
   split(w, s, x, x_dtype, m, parts, rows);
   Output out{y, bias, row_scale, y_dtype, m, parts};
@@ -493,8 +494,10 @@ extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, i
 #pragma omp parallel for num_threads(threads) if (threads > 1 && m > 16)
   for (int64_t i = 0; i < m; i++) {
     __m512 low = _mm512_setzero_ps(), high = low;
+    __mmask16 nan = 0;  // which a minimum may lose
     for (int64_t j = 0; j < k; j += 16) {
       __m512 v = load16(x, i * k + j, dtype, lanes(k - j));
+      nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
       low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
     }
     float lo = _mm512_reduce_min_ps(low), hi = _mm512_reduce_max_ps(high), zero = 0;
@@ -502,7 +505,7 @@ extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, i
     float scale = symmetric ? std::max(hi / qmax, lo / qmin) : (hi - lo) / (qmax - qmin);
     scale = std::max(scale, 1.17549435e-38f);
     if (!symmetric) zero = std::min(std::max(std::nearbyint(-lo / scale), qmin), qmax);
-    scales[i] = scale;
+    scales[i] = nan ? NAN : scale;
     int32_t middle = symmetric ? 0 : 1 << (bits - 1), shift = (int32_t)zero - middle;
     __m512i sum = _mm512_setzero_si512();
     for (int64_t j = 0; j < k; j += 16) {

@@ -1,9 +1,9 @@
 """Which CPU kernel takes which product.
 
-A few rows, and any number of integers, are multiplied as the codes are read, in one pass. More rows of bf16, or of
-integers, are multiplied with AMX where the CPU has it. Elsewhere the weight is dequantized, some tiles at a time so
-that they stay in the cache, and multiplied by torch; fp16 activations then in fp32: torch has no quick product of them
-on a CPU.
+Integers, and a few rows of anything else, are multiplied as the codes are read, up to 16 rows in a pass. More rows are
+multiplied with AMX where the CPU has it: bf16, and integers with one scale per output. Elsewhere the weight is
+dequantized, some tiles at a time so that they stay in the cache, and multiplied by torch; fp16 activations then in
+fp32: torch has no quick product of them on a CPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def quantized_linear(
     clip: Tensor | None = None,
 ) -> Tensor:
     """``linear`` of the activations quantized row by row; their steps are integers below 256, exact in bf16."""
-    if not shape.along_out and shape.group_size <= native.MOST_INTEGER_INPUTS:
+    # Each group has sums of its own. Many rows of short groups are sooner multiplied as bf16, and of any groups where
+    # there is AMX, which has integers for one group only.
+    as_codes = shape.groups == 1 or len(x) <= 16 or (shape.group_size >= 32 and not native.amx())
+    if as_codes and not shape.along_out and shape.group_size <= native.MOST_INTEGER_INPUTS:
         tiled = shape.groups == 1 and len(x) > FEW_BESIDE_AMX and native.amx()
         product = native.many_rows if tiled else native.integer_rows
         return product(native.row_codes(x, bits, symmetric, offset, clip), weight, shape, bias, x.dtype)

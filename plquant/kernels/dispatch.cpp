@@ -1,5 +1,6 @@
-// Ops as torch's dispatcher calls them, with no Python between it and the kernels: token by token, that takes as long as
-// a small model's products themselves. ops.py defines them; torch's stable interface needs torch 2.10.
+// Products of few rows, and Kronecker products, as torch's dispatcher calls them, with no Python between it and the
+// kernels: token by token, that takes as long as a small model's products themselves. ops.py defines these ops; torch's
+// stable interface needs torch 2.10.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -31,7 +32,7 @@ static void expect(bool fits, const char* name, const char* expected) {
 
 static void check(const Tensor& tensor, const char* name, bool dtype, int64_t numbers) {
   STD_TORCH_CHECK(dtype && tensor.is_contiguous() && tensor.numel() == numbers, "Expected argument `", name,
-                  "` to be contiguous, of ", numbers, " numbers, and of its dtype");
+                  "` to be contiguous, of ", numbers, " numbers, and of its shape and dtype");
 }
 
 static bool is(const Tensor& tensor, ScalarType type) { return tensor.scalar_type() == type; }
@@ -66,8 +67,9 @@ struct Product {
              in_features, group_size, (int32_t)bits, along_out, dtype_of(scale), (int32_t)torch::stable::get_num_threads()};
     Shape s(w);
     int64_t groups = s.groups * (along_out ? s.padded_k : s.tiles * 16);
-    check(codes, "codes", is(codes, ScalarType::Short), s.tiles * s.units * bits * 32);
-    check(scale, "scale", true, groups);
+    bool tiled = codes.dim() == 4 && codes.size(0) == s.tiles && codes.size(1) == s.units;
+    check(codes, "codes", is(codes, ScalarType::Short) && tiled, s.tiles * s.units * bits * 32);
+    check(scale, "scale", scale.dim() == 2 && scale.size(0) == s.groups, groups);
     if (zero_point) check(*zero_point, "zero_point", is(*zero_point, ScalarType::Byte), groups);
     return w;
   }
@@ -119,12 +121,13 @@ static Tensor few_quantized_rows(const Tensor& x, const Tensor& codes, const Ten
 }
 
 static Tensor kronecker(const Tensor& x, const Tensor& left, const Tensor& right, double factor) {
+  expect(left.dim() > 0 && right.dim() > 0, "left", "a matrix as `right` is");
   int64_t n1 = left.size(0), n2 = right.size(0);
   expect(is(x, ScalarType::BFloat16), "x", "bfloat16");
   expect(x.dim() > 0 && x.size(-1) == n1 * n2, "x", "as wide as the product of its factors");
   expect(n1 <= kernels.most_order && n2 <= kernels.most_order, "left", "of no more rows than a factor may have");
-  check(left, "left", is(left, ScalarType::BFloat16), n1 * n1);
-  check(right, "right", is(right, ScalarType::BFloat16), n2 * n2);
+  check(left, "left", is(left, ScalarType::BFloat16) && left.dim() == 2, n1 * n1);
+  check(right, "right", is(right, ScalarType::BFloat16) && right.dim() == 2, n2 * n2);
   Tensor rows = torch::stable::contiguous(x), y = torch::stable::empty_like(rows);
   if (rows.numel())
     kernels.kronecker(rows.const_data_ptr(), left.const_data_ptr(), right.const_data_ptr(), factor, y.mutable_data_ptr(),

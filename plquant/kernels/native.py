@@ -31,10 +31,10 @@ DISPATCH_FLAGS = [
 ]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2}  # bf16 numbers whose sum an activation is
-MOST_DENSE_ROWS = 4  # the same, where the weight is bf16
+MOST_DENSE_ROWS = 4  # of bf16 that meet a weight of bf16, at once
 MOST_DISPATCHED_ROWS = 4  # that ``ops.few_rows`` takes: more of them gain nothing
 MOST_INTEGER_INPUTS = ((1 << 31) - 1) // 255**2  # whose sum of products fits 32 bits, whatever the codes
-MOST_KRONECKER_ORDER = 128  # of the largest factor that fits in a GPU's registers
+MOST_KRONECKER_ORDER = 128  # of a factor; the largest that fits in a GPU's registers
 
 
 DISPATCHED = ("few_rows", "integer_rows", "quantize_rows", "kronecker")
@@ -229,6 +229,8 @@ def available() -> bool:
 @cache
 def dispatch_() -> None:
     """Have ops of few rows called without Python; where that cannot be had a warning says, once, why."""
+    if not available():
+        return
     too_old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
     reason = "that needs torch 2.10 or later" if too_old else missing(_dispatch_library)
     if reason:
@@ -237,9 +239,9 @@ def dispatch_() -> None:
 
 @cache
 def _dispatch_library() -> ctypes.CDLL:
+    kernels = [ctypes.cast(getattr(_library(), f"plquant_{name}"), ctypes.c_void_p) for name in DISPATCHED]
     found = library(DISPATCH_SOURCE, *DISPATCH_FLAGS)
     found.plquant_dispatch.argtypes = [ctypes.POINTER(_Kernels)]
-    kernels = [ctypes.cast(getattr(_library(), f"plquant_{name}"), ctypes.c_void_p) for name in DISPATCHED]
     found.plquant_dispatch(_Kernels(*kernels, MOST_DISPATCHED_ROWS, MOST_INTEGER_INPUTS, MOST_KRONECKER_ORDER))
     return found
 

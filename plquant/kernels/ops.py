@@ -258,9 +258,13 @@ def _check_factors(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -
         _expect(False, "x", f"of shape [..., {len(left) * len(right)}]", list(x.shape))
 
 
-def _kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _expect(x.dtype in _HALVES, "x", "bfloat16 or float16", x.dtype)
+def _check_kronecker(x: Tensor, left: Tensor, right: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    _expect(x.dtype in dtypes, "x", " or ".join(map(str, dtypes)), x.dtype)
     _check_factors(x, left, right, x.dtype)
+
+
+def _kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    _check_kronecker(x, left, right, _HALVES)
     if x.numel() == 0:
         return torch.empty_like(x)
     from plquant.kernels import kronecker  # needs triton
@@ -269,14 +273,18 @@ def _kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> T
 
 
 def _cpu_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _expect(x.dtype == torch.bfloat16, "x", "bfloat16", x.dtype)
-    _check_factors(x, left, right, x.dtype)
+    _check_kronecker(x, left, right, (torch.bfloat16,))
     product = native.kronecker if x.numel() and _has_kernels(x.device) else reference.kronecker
     return product(x.reshape(-1, x.shape[-1]).contiguous(), left, right, factor).view(x.shape)
 
 
 def _fake_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _check_factors(x, left, right, x.dtype)
+    _check_kronecker(x, left, right, _HALVES)
+    return x.new_empty(x.shape)
+
+
+def _fake_cpu_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    _check_kronecker(x, left, right, (torch.bfloat16,))
     return x.new_empty(x.shape)
 
 
@@ -311,7 +319,7 @@ for _name, _implementation, _shapes in (
     ("fragment_quantized_linear", _fragment_linear, _fake_fragment_linear),
     ("integer_linear", _integer_linear, _fake_integer_linear),
     ("kronecker", _kronecker, _fake_kronecker),
-    ("cpu_kronecker", _cpu_kronecker, _fake_kronecker),
+    ("cpu_kronecker", _cpu_kronecker, _fake_cpu_kronecker),
     ("dense_linear", _dense_linear, _fake_dense_linear),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -23,6 +23,7 @@ from plquant.kernels import cpu_layout, layout, native, ops
 from plquant.kernels.cpu_layout import Shape
 
 Tensors = dict[str, Any]  # Tensor or None
+MOST_KRONECKER_WORK = 1 << 21  # multiply-adds; torch's products have caught up with a CPU's kernel by then
 
 
 class Affine(NamedTuple):
@@ -218,7 +219,9 @@ def kronecker_op(x: Tensor, left: Tensor, right: Tensor) -> Callable[..., Tensor
         return None
     if x.dtype in (torch.float16, torch.bfloat16) and has_triton(x.device):
         return ops.kronecker
-    return ops.cpu_kronecker if x.dtype == torch.bfloat16 and x.is_cpu else None
+    orders = len(left), len(right)
+    few = max(orders) <= 8 or x.numel() * sum(orders) <= MOST_KRONECKER_WORK
+    return ops.cpu_kronecker if few and x.dtype == torch.bfloat16 and x.is_cpu else None
 
 
 def has_triton(device: torch.device) -> bool:

@@ -19,7 +19,8 @@ class Online(nn.Sequential):
     """Run-time operations, in order, [..., I] -> [..., I'], on the input or the output of the module they are of.
 
     Attributes:
-        kernels: Do them by kernels where there are some, which sum in an order of their own.
+        kernels: Do them by kernels where there are some, which sum in an order of their own; a linear that is laid out
+            for a GPU's products of integers does in any case.
     """
 
     at: Where = "input"

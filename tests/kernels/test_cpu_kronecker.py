@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from plquant.kernels import native, ops, reference
+from plquant.kernels import native, ops, reference, run_time
 from plquant.nn.online import Online, attach_online_
 from plquant.transforms.online import KroneckerOp, apply_kronecker
 
@@ -65,7 +64,8 @@ def test_without_kernels_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("python", [True, pytest.param(False, marks=needs_kernels)], ids=["python", "dispatched"])
 def test_a_wrong_argument_is_named(python: bool) -> None:
-    native.dispatch_()
+    if not python:
+        native.dispatch_()
     product: Any = ops._cpu_kronecker if python else ops.cpu_kronecker
     x, left, right = operands((2,), 8, 6)
     wrong = {
@@ -80,6 +80,12 @@ def test_a_wrong_argument_is_named(python: bool) -> None:
         for arguments in cases:
             with pytest.raises((ValueError, RuntimeError), match=f"argument `{name}`"):
                 product(*arguments, 1.0)
+
+
+def test_many_rows_of_large_factors_are_for_torch() -> None:
+    for rows, order, taken in ((1, 64, True), (16, 64, False), (10_000, 8, True)):
+        x, factor = torch.zeros(rows, order * order).bfloat16(), torch.eye(order).bfloat16()
+        assert (run_time.kronecker_op(x, factor, factor) is ops.cpu_kronecker) == taken
 
 
 @needs_kernels
@@ -97,20 +103,24 @@ def test_a_model_takes_it_once_it_is_laid_out(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(norm(x), op(x)) and not called
     with online.laid_out():
         assert torch.equal(norm(x), product(x, left, right, 0.75)) and called == [5]
-        assert copy.deepcopy(norm).online.kernels
         norm(x.float()), norm(x.clone().requires_grad_())  # neither other dtypes nor gradients
     norm(x)
     assert called == [5]
 
 
 def test_the_compiler_sees_through() -> None:
+    x, left, right = operands((5,), 6, 9)
     norm = nn.Identity()
-    _, left, right = operands((), 6, 9)
-    attach_online_(norm, [KroneckerOp(left, right)])
+    attach_online_(norm, [KroneckerOp(left, right, 0.5)])
     norm.online.kernels = True
-    run = torch.compile(lambda x: norm(x + 1) * 2, fullgraph=True, backend="aot_eager")
-    x = operands((5,), 6, 9)[0]
-    assert torch.equal(run(x), norm(x + 1) * 2)
+    called: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    run = torch.compile(lambda x: norm(x + 1) * 2, fullgraph=True, backend=backend)
+    assert torch.equal(run(x), norm(x + 1) * 2) and ops.cpu_kronecker in called
     torch.library.opcheck(
         ops.cpu_kronecker.default, (x, left, right, 0.5), test_utils=("test_schema", "test_faketensor")
     )

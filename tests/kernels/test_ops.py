@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plquant.kernels import native, ops, reference, run_time
+from plquant.kernels import cpu, native, ops, reference, run_time
 from plquant.kernels.cpu_layout import Shape, Weight, codes_of, lay_out, per_group_of
 
 N, K = 96, 192
@@ -63,10 +63,11 @@ def test_products_are_those_of_the_reference(
     bits: int, along_out: bool, size: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     weight, shape, _ = made(bits, along_out, size, dtype, symmetric)
-    for m in (1, 3, 8, 20, 40):  # the last dequantizes, and rounds weights to the dtype; AMX does with 5 already
+    for m in (1, 3, 8, 20, 40):  # many rows meet weights that are rounded to the dtype
         x, bias = activations(m, dtype)
         expected = x.double() @ exact(weight, shape).t() + bias.double()
-        rounds = m >= 20 or (dtype == torch.bfloat16 and (along_out or m > 4))
+        few = m * native.PARTS[dtype] <= cpu.FEW and not (native.amx() and dtype == torch.bfloat16 and m > 4)
+        rounds = not few or (dtype == torch.bfloat16 and along_out)
         assert error(ops.linear(x, *weight, bias, *shape), expected) < BOUND[dtype] * (2 if rounds else 1)
 
 
@@ -237,6 +238,34 @@ def test_activations_get_the_steps_of_the_specification() -> None:
             codes = native.row_codes(x, bits, symmetric, None, clip)
             assert torch.equal((codes.codes - codes.zero_point[:, None]).float(), steps)
             assert torch.equal(codes.sums, codes.codes.sum(1, dtype=torch.int32)) and torch.equal(codes.scale, scale)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [8, 32, K])
+def test_a_number_that_is_none_is_not_lost(size: int) -> None:
+    weight, shape, _ = made(4, False, size)
+    for m in (1, 3, 20):
+        x = torch.randn(m, K)
+        x[-1, 5] = torch.nan
+        output = ops.quantized_linear(x, *weight, None, *shape, 4, False, None)
+        assert output[-1].isnan().all() and output[:-1].isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("along_out", [False, True], ids=["in", "out"])
+def test_no_outputs_at_all(along_out: bool) -> None:
+    shape = Shape(0, K, 4, 16, along_out)
+    codes, groups = (0, shape.padded_in // 32, 4, 32), (0, shape.padded_in) if along_out else (shape.groups, 0)
+    weight = Weight(torch.zeros(codes, dtype=torch.int16), torch.zeros(groups), None)
+    for x in (torch.ones(1, K), torch.ones(2, K).bfloat16(), torch.ones(40, K)):
+        assert ops.linear(x, *weight, None, *shape).shape == (len(x), 0)
+        assert ops.quantized_linear(x, *weight, None, *shape, 4, False, None).shape == (len(x), 0)
+
+
+def test_nothing_is_dispatched_where_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "_dispatch_library", lambda: pytest.fail("it would run them"))
+    native.dispatch_.__wrapped__()
 
 
 def test_any_leading_shape_strides_and_nothing_at_all() -> None:
