@@ -451,6 +451,7 @@ class BlockModule(L.LightningModule):
     def _watch(self, watches: Mapping[str, Callable[[Tensor, Tensor], None]]) -> None:
         """Pass all samples on as far as these linears, each watched by its function; see ``FakeQuantLinear.watch``."""
         waiting: set[str] = set()
+        linears = self.block.linears  # looked for anew each time it is asked for
 
         def watched(name: str, came: Tensor, multiplied: Tensor) -> None:
             watches[name](came, multiplied)
@@ -459,13 +460,13 @@ class BlockModule(L.LightningModule):
                 raise StopForward  # what comes after them is not needed
 
         for name in watches:
-            self.block.linears[name].watch = partial(watched, name)
+            linears[name].watch = partial(watched, name)
         for x in self.activations.inputs():
             waiting.update(watches)
             with contextlib.suppress(StopForward):
                 self.block(x.to(self.block.device))
         for name in watches:
-            self.block.linears[name].watch = None
+            linears[name].watch = None
 
     @torch.no_grad()
     def error(self, tokens: int | None = None) -> float:

@@ -67,11 +67,12 @@ def weighing(hessian: Hessian, weights: Tensor | None) -> Callable[[Tensor, Tens
 def _run(block: QuantBlock, x: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """The block's output in full precision, and those of its linears that ran, with a graph behind them."""
     outputs: dict[str, Tensor] = {}
+    linears = block.linears
 
     def keep(name: str, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         outputs[name] = output
 
-    hooks = [block.linears[name].register_forward_hook(partial(keep, name)) for name in names]
+    hooks = [linears[name].register_forward_hook(partial(keep, name)) for name in names]
     with torch.enable_grad(), block.full_precision():
         y = block(x.to(block.device).detach().requires_grad_())
     for hook in hooks:

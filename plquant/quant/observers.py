@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+PANEL = 256  # rows of a Hessian that are added up together, from their diagonal on
+
 
 class ChannelAbsMax(Metric):
     """Greatest magnitude seen in each channel, fp32 [I].
@@ -62,6 +64,8 @@ class Hessian(Metric):
 
     Where tokens have weights it is their weighted mean.
 
+    It is symmetric, so what lies left of its diagonal, but for squares on it, is not added up but copied at the end.
+
     Of 1/n and 2/n the first, so that tr(E H E^T) is the mean squared output error; GPTQ's codes are the same.
 
     The products are fp32, of bf16 activations too: a bf16 product is rounded to 8 bits when it leaves the matmul, and
@@ -99,11 +103,16 @@ class Hessian(Metric):
         else:
             self.weight += weights.sum(dtype=torch.float64)
             x = x * weights.sqrt()[:, None]  # on both sides alike: the products stay symmetric
-        self.products.addmm_(x.t(), x)  # in place: autocast leaves it alone, and no second [I, I] is needed
+        for start in range(0, x.shape[1], PANEL):
+            # In place: autocast leaves it alone, and no second [I, I] is needed.
+            rows = slice(start, start + PANEL)
+            self.products[rows, start:].addmm_(x[:, rows].t(), x[:, start:])
 
     def compute(self) -> Tensor:
         """The mean so far, or what it is for other tokens; zeros before the first token."""
         mean = self.products / torch.where(self.weight > 0, self.weight, 1)
+        for end in range(PANEL, len(mean), PANEL):
+            mean[end:, end - PANEL : end] = mean[end - PANEL : end, end:].t()
         if self.ridge and self.tokens > 0:
             mean.diagonal().add_(mean.trace() / self.tokens)
         return mean

@@ -1,5 +1,6 @@
 """Statistics of activations."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -66,6 +67,20 @@ def test_a_forward_does_not_write_into_what_was_summed_before() -> None:
     torch.testing.assert_close(metric.compute(), seen(x).compute())
     metric.reset()
     assert not metric.products.any() and metric.weight == 0
+
+
+@pytest.mark.parametrize("width", [256, 257, 600])
+def test_what_is_not_added_up_is_copied(width: int) -> None:
+    x, weights = activations(40, width), activations(40).square()
+    for given in (None, weights):
+        metric, other = Hessian(width), Hessian(width)
+        metric.update(x[:7], None if given is None else given[:7])
+        other.update(x[7:], None if given is None else given[7:])
+        metric.merge_state(other)
+        count = torch.ones(40) if given is None else given
+        expected = (x.t() * count.double()) @ x.double() / count.double().sum()
+        torch.testing.assert_close(metric.compute().double(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(metric.compute(), metric.compute().t())
 
 
 def test_bf16_activations_are_summed_in_full_precision_under_autocast() -> None:
