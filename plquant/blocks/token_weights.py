@@ -17,7 +17,7 @@ SMALLEST = 1e-6  # norm of a token's output that has a relative error
 
 
 def token_weights(
-    block: QuantBlock, batches: Iterable[tuple[Tensor, Tensor]], numbers: Sequence[int]
+    block: QuantBlock, batches: Iterable[tuple[Tensor, Tensor]], numbers: Sequence[int], seed: int = 0
 ) -> dict[str, Tensor]:
     """Weight of each token's error at the output of each linear, name -> fp32 [N T], in any unit.
 
@@ -36,10 +36,11 @@ def token_weights(
         block: The block, none of its linears packed. Derivatives are those of the full-precision block.
         batches: Inputs under quantization, and what leaves the full-precision block, each [B, T, H].
         numbers: Of the sequences in the whole, [N]: their signs depend on it, not on which process draws them.
+        seed: Of the run; each draws other signs.
     """
     names = [name for name in block.linears if not block.in_expert(name)]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    seeds = iter(numbers)
+    seeds = iter([number + 1000 * seed for number in numbers])
     for x, target in batches:
         signs = torch.stack([_signs(sequence.shape, next(seeds)) for sequence in target])
         y, outputs = _run(block, x, names)
