@@ -117,7 +117,7 @@ class AffineMatrix(Transform):
 
     def online(self, x: Tensor) -> Tensor:
         """``(x - shift) A^-1`` if it is an online operation."""
-        return apply_matrix(x, self.matrix.inverse(), self.shift) if self.is_online else x
+        return apply_matrix(x, self.matrix.inverse().contiguous(), self.shift) if self.is_online else x
 
     @torch.no_grad()
     def online_op(self) -> MatrixOp | None:

@@ -75,5 +75,5 @@ class KroneckerAffine(Transform):
         return KroneckerOp(left, right)
 
     def _inverses(self) -> tuple[Tensor, Tensor]:
-        """P1^-T and P2^-1, in fp64."""
-        return self.left.inverse()[0].mT.contiguous(), self.right.inverse()[0]
+        """P1^-T and P2^-1, in fp64, laid out as ``KroneckerOp`` keeps them: strides choose how they are multiplied."""
+        return self.left.inverse()[0].mT.contiguous(), self.right.inverse()[0].contiguous()
