@@ -27,7 +27,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
