@@ -46,13 +46,14 @@ def quantized_linear(
     """``linear`` of the activations quantized row by row; their steps are integers below 256, exact in bf16."""
     # Each group has sums of its own. Many rows of short groups are sooner multiplied as bf16, and of any groups where
     # there is AMX, which has integers for one group only.
-    as_codes = shape.groups == 1 or len(x) <= 16 or (shape.group_size >= 32 and not native.amx())
+    tiled = x.dtype == torch.bfloat16 and native.amx()
+    as_codes = shape.groups == 1 or len(x) <= 16 or (shape.group_size >= 32 and not tiled)
     if as_codes and not shape.along_out and shape.group_size <= native.MOST_INTEGER_INPUTS:
-        tiled = shape.groups == 1 and len(x) > FEW_BESIDE_AMX and native.amx()
-        product = native.many_rows if tiled else native.integer_rows
+        in_tiles = shape.groups == 1 and len(x) > FEW_BESIDE_AMX and native.amx()
+        product = native.many_rows if in_tiles else native.integer_rows
         return product(native.row_codes(x, bits, symmetric, offset, clip), weight, shape, bias, x.dtype)
     steps, scale = native.quantize_rows(x, bits, symmetric, offset, clip)
-    parts, tiled = native.PARTS[x.dtype], x.dtype == torch.bfloat16 and native.amx()
+    parts = native.PARTS[x.dtype]
     if len(x) * parts <= (FEW_BESIDE_AMX if tiled else FEW):
         return native.few_rows(steps, weight, shape, bias, x.dtype, parts, scale)
     if tiled:
