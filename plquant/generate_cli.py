@@ -108,12 +108,13 @@ def _check_keys_are_quantized(options: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from plquant.formats.quantization_config import activations_of
+    from plquant.packed_model import DAMAGED
 
     config = AutoConfig.from_pretrained(options.folder, trust_remote_code=options.trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     try:
         activations = None if stored is None else activations_of(stored)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, *DAMAGED):
         return  # opening the folder says what is wrong with it
     if activations is None or activations.kv_bits is None:
         raise ValueError(

@@ -16,7 +16,8 @@ from plquant.kernels import native
 from plquant.kernels.cpu_layout import TILE, Shape, Weight
 
 SCRATCH_BYTES = 1 << 21  # about a second-level cache
-FEW = 32  # rows of bf16 that passes over the codes, 16 at a time, take sooner than a dequantized weight
+PASS = 16  # rows that are multiplied as the codes are read once
+FEW = 2 * PASS  # rows of bf16 that passes over the codes take sooner than a dequantized weight
 FEW_BESIDE_AMX = 4  # than AMX
 
 
@@ -47,7 +48,7 @@ def quantized_linear(
     # Each group has sums of its own. Many rows of short groups are sooner multiplied as bf16, and of any groups where
     # there is AMX, which has integers for one group only.
     tiled = x.dtype == torch.bfloat16 and native.amx()
-    as_codes = shape.groups == 1 or len(x) <= 16 or (shape.group_size >= 32 and not tiled)
+    as_codes = shape.groups == 1 or len(x) <= PASS or (shape.group_size >= 32 and not tiled)
     if as_codes and not shape.along_out and shape.group_size <= native.MOST_INTEGER_INPUTS:
         in_tiles = shape.groups == 1 and len(x) > FEW_BESIDE_AMX and native.amx()
         product = native.many_rows if in_tiles else native.integer_rows

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from plquant.kernels import native, ops, reference, run_time
 from plquant.nn.online import Online, attach_online_
 from plquant.transforms.online import KroneckerOp, apply_kronecker
+from tests.kernels.test_ops import needs_kernels
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason="no kernels for this CPU")
 ORDERS = [(24, 24), (32, 48), (8, 8), (1, 7), (128, 3), (9, 33)]
 
 
