@@ -68,11 +68,11 @@ static inline void bytes(const __m512i* codes, __m512i& sum, char* out) {
 // The units from `begin` to `end` of a tile, each 1024 bytes of bf16, every other 1024.
 template <int B>
 static void numbers(const Weight& w, const Shape& s, int64_t tile, int64_t begin, int64_t end, char* out) {
-  int64_t per_group = s.units / (w.along_out ? 1 : s.groups), padded_n = s.tiles * 16;
+  int64_t per_group = s.units / (w.along_out ? 1 : s.groups);
   const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
   for (int64_t u = begin; u < end; u++, out += 2 * TILE_BYTES) {
     __m512 scale = _mm512_setzero_ps(), zero = scale;
-    int64_t at = u / per_group * padded_n + tile * 16;
+    int64_t at = s.scales(tile, u / per_group);
     if (w.along_out) at = tile * 16 / s.padded_size * s.padded_k + u * 32;
     else scale = load16(w.scale, at, w.scale_dtype), zero = zero_points(w, at);
     numbers<B, 0>(w, codes + u * B, at, scale, zero, out);

@@ -110,7 +110,7 @@ static void some_tiles(const Weight& w, const Shape& s, const Rows& rows, const 
   constexpr int E = R == 1 ? 2 : 1;
   Step<B, R, E> step{make_table<B>()};
   int64_t set = w.along_out ? tile * 16 / s.padded_size : 0, groups = w.along_out ? 1 : s.groups;
-  int64_t units = s.units / groups, padded_n = s.tiles * 16;
+  int64_t units = s.units / groups;
   const int32_t* x = rows.values.data() + set * s.padded_k / 2 * R;
   const float* sums = rows.sums.data() + set * rows.count * groups;
   const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
@@ -132,7 +132,7 @@ static void some_tiles(const Weight& w, const Shape& s, const Rows& rows, const 
         step.template one<0>(z, x + u * 16 * R, acc[t]);
       }
     for (int t = 0; t < T; t++) {
-      int64_t at = g * padded_n + (tile + t) * 16;
+      int64_t at = s.scales(tile + t, g);
       __m512 scale = w.along_out ? _mm512_set1_ps(1) : load16(w.scale, at, w.scale_dtype);
       __m512 zero = w.along_out ? _mm512_set1_ps(1) : raised(w, zero_points(w, at));
 #pragma GCC unroll 16
@@ -269,7 +269,7 @@ static void arrange(const Weight& w, const Shape& s, const int8_t* x, int64_t m,
 
 template <int B, int R, int T>
 static void integer_tiles(const Weight& w, const Shape& s, const Integers& in, int64_t tile) {
-  int64_t units = s.units / s.groups, padded_n = s.tiles * 16;
+  int64_t units = s.units / s.groups;
   const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
   __m512 total[T][R];
   for (int t = 0; t < T; t++)
@@ -290,7 +290,7 @@ static void integer_tiles(const Weight& w, const Shape& s, const Integers& in, i
         Quads<B, R>::template one<0>(z, in.values + u * 8 * R, acc[t], sum[t]);
       }
     for (int t = 0; t < T; t++) {
-      int64_t at = g * padded_n + (tile + t) * 16;
+      int64_t at = s.scales(tile + t, g);
       __m512 scale = load16(w.scale, at, w.scale_dtype);
       __m512i zero = _mm512_cvtps_epi32(zero_points(w, at));
 #pragma GCC unroll 16
@@ -445,7 +445,7 @@ static void spread(const Weight& w, const Shape& s, int64_t tile, int64_t column
   const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
   for (int64_t g = 0; g < groups; g++) {
     __m512 scale = _mm512_setzero_ps(), zero = scale;
-    int64_t at = g * s.tiles * 16 + tile * 16;
+    int64_t at = s.scales(tile, g);
     if (!w.along_out) scale = load16(w.scale, at, w.scale_dtype), zero = zero_points(w, at);
     for (int64_t u = 0; u < units; u++) {
       char* first = out + ((g * width + u * 32) * columns + column) * size;

@@ -21,7 +21,7 @@ static inline int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 // The same struct in native.py.
 struct Weight {
   const int16_t* codes;       // [tiles, units, bits, 32]
-  const void* scale;          // [groups, padded N] or [groups, padded K]
+  const void* scale;          // [tiles, groups, 16] or [groups, padded K]
   const uint8_t* zero_point;  // as scale; null: 2^(bits - 1)
   int64_t out_features, in_features, group_size;
   int32_t bits, along_out, scale_dtype, threads;
@@ -50,6 +50,8 @@ struct Shape {
     int64_t left = w.along_out ? size - tile % (padded_size / 16) * 16 : w.out_features - tile * 16;
     return std::min<int64_t>(16, left);
   }
+  // Where the scales of a tile are in a group along the input.
+  int64_t scales(int64_t tile, int64_t group) const { return (tile * groups + group) * 16; }
 };
 
 static inline __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }

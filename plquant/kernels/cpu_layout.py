@@ -11,7 +11,8 @@ planes of 4, 2 and 1 bits (3 bits are 2 + 1, 8 bits 4 + 4), lowest first, and a 
 
 So a shift and a table turn a vector into the pairs of bf16 numbers that AVX512-BF16 and AMX multiply, with an output in
 every lane: a scale per output needs no sum across lanes. Groups are padded to whole units (along the input) or whole
-tiles (along the output).
+tiles (along the output). The scales of a tile's groups lie one after the other: in rows of all outputs the next one is
+a page away, and to wait for it takes as long as all the codes of a small group.
 
 Letters: N outputs, K inputs, g group size, N' and K' with groups padded.
 """
@@ -71,7 +72,7 @@ class Weight(NamedTuple):
 
     Attributes:
         codes: int16 [N' / 16, K' / 32, bits, 32].
-        scale: Storage dtype, [K / g, N'], or [N / g, K'] with groups along the output.
+        scale: Storage dtype, [N' / 16, K / g, 16], or [N / g, K'] with groups along the output.
         zero_point: uint8 as ``scale``; ``None`` when it is 2^(bits - 1) everywhere.
     """
 
@@ -108,10 +109,8 @@ def lay_out(codes: Tensor, scale: Tensor, zero_point: Tensor | None, shape: Shap
             for i in range(1, 16 // width):
                 plane |= fields[:, :, :, i] << (width * i)
             start, low = start + width, low + width
-    per_group = scale if shape.along_out else scale.t()
-    zeros = zero_point if zero_point is None or shape.along_out else zero_point.t()
-    width = shape.padded_in if shape.along_out else shape.padded_out
-    return Weight(laid_out, _widened(per_group, width), None if zeros is None else _widened(zeros, width))
+    zeros = None if zero_point is None else _in_tiles(zero_point, shape)
+    return Weight(laid_out, _in_tiles(scale, shape), zeros)
 
 
 def codes_of(weight: Weight, shape: Shape) -> Tensor:
@@ -134,7 +133,7 @@ def per_group_of(values: Tensor, shape: Shape) -> Tensor:
     """Scale or zero-point as in the checkpoint: [N, K / g], or [N / g, K] with groups along the output."""
     if shape.along_out:
         return values[:, : shape.in_features].contiguous()
-    return values[:, : shape.out_features].t().contiguous()
+    return values.transpose(1, 2).flatten(0, 1)[: shape.out_features].contiguous()
 
 
 def _padded(codes: Tensor, shape: Shape) -> Tensor:
@@ -147,8 +146,12 @@ def _padded(codes: Tensor, shape: Shape) -> Tensor:
     return F.pad(groups, (0, extra, 0, 0, 0, shape.padded_out - shape.out_features)).flatten(1)
 
 
-def _widened(values: Tensor, width: int) -> Tensor:
-    return F.pad(values, (0, width - values.shape[1])).contiguous()
+def _in_tiles(values: Tensor, shape: Shape) -> Tensor:
+    """Scale or zero-point of the checkpoint, padded, in the order in which products take them."""
+    if shape.along_out:
+        return F.pad(values, (0, shape.padded_in - shape.in_features)).contiguous()
+    rows = F.pad(values, (0, 0, 0, shape.padded_out - shape.out_features))
+    return rows.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -69,7 +69,8 @@ struct Product {
     int64_t groups = s.groups * (along_out ? s.padded_k : s.tiles * 16);
     bool tiled = codes.dim() == 4 && codes.size(0) == s.tiles && codes.size(1) == s.units;
     check(codes, "codes", is(codes, ScalarType::Short) && tiled, s.tiles * s.units * bits * 32);
-    check(scale, "scale", scale.dim() == 2 && scale.size(0) == s.groups, groups);
+    bool grouped = along_out ? scale.dim() == 2 : scale.dim() == 3 && scale.size(1) == s.groups;
+    check(scale, "scale", grouped && scale.size(0) == (along_out ? s.groups : s.tiles), groups);
     if (zero_point) check(*zero_point, "zero_point", is(*zero_point, ScalarType::Byte), groups);
     return w;
   }

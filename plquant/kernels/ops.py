@@ -58,8 +58,9 @@ def _sizes(shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     width = shape.out_features if shape.along_out else shape.in_features
     fits = shape.group_size > 0 and width % shape.group_size == 0
     _expect(fits, "group_size", f"a divisor of {width}", shape.group_size)
-    codes = (shape.padded_out // TILE, shape.padded_in // UNIT, shape.bits, UNIT)
-    return codes, (shape.groups, shape.padded_in if shape.along_out else shape.padded_out)
+    tiles = shape.padded_out // TILE
+    scale = (shape.groups, shape.padded_in) if shape.along_out else (tiles, shape.groups, TILE)
+    return (tiles, shape.padded_in // UNIT, shape.bits, UNIT), scale
 
 
 def _check(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, inputs: Sequence[Any] = ()) -> None:

@@ -256,7 +256,7 @@ def test_a_number_that_is_none_is_not_lost(size: int) -> None:
 @pytest.mark.parametrize("along_out", [False, True], ids=["in", "out"])
 def test_no_outputs_at_all(along_out: bool) -> None:
     shape = Shape(0, K, 4, 16, along_out)
-    codes, groups = (0, shape.padded_in // 32, 4, 32), (0, shape.padded_in) if along_out else (shape.groups, 0)
+    codes, groups = (0, shape.padded_in // 32, 4, 32), (0, shape.padded_in) if along_out else (0, shape.groups, 16)
     weight = Weight(torch.zeros(codes, dtype=torch.int16), torch.zeros(groups), None)
     for x in (torch.ones(1, K), torch.ones(2, K).bfloat16(), torch.ones(40, K)):
         assert ops.linear(x, *weight, None, *shape).shape == (len(x), 0)
