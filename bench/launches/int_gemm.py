@@ -34,7 +34,7 @@ def cases(target: str) -> Iterator[Case]:
         }
         codes = {name: "*i8:16" for name in ("x_ptr", "w_ptr")}
         floats = {name: "*fp32:16" for name in ("x_scale_ptr", "w_scale_ptr")}
-        integers = {name: "*i32:16" for name in ("x_zero_ptr", "x_sum_ptr", "w_zero_ptr", "w_sum_ptr")}
+        integers = {"x_zero_ptr": "*i32", "x_sum_ptr": "*i32", "w_zero_ptr": "*i32:16", "w_sum_ptr": "*i32:16"}
         sizes = {name: "i32:16" for name in ("in_features", "out_features", "stride_x", "stride_w")}
         limits = {"atomics": 0.0, "narrow": 0.0}
         if rows == 128:

@@ -21,8 +21,8 @@ def cases(target: str) -> Iterator[Case]:
             "offset_ptr": "*fp32:16",
             "scale_ptr": "*fp32:16",
         }
-        signature |= {"zero_ptr": "*i32:16", "sum_ptr": "*i32:16", "stride_x": "i32:16", "n1": "i32:16", "n2": "i32:16"}
-        signature["factor"] = "fp32"
+        signature |= {name: "*i32" for name in ("zero_ptr", "sum_ptr")} | {"factor": "fp32"}
+        signature |= {name: "i32:16" for name in ("stride_x", "stride_out", "n1", "n2")}
         grid = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False}
         yield Case(
             name=f"kronecker {order} x {order}{' quantize' if quantize else ''}",

@@ -28,11 +28,11 @@ def cases(target: str) -> Iterator[Case]:
             "codes_ptr": "*i8:16",
             "scale_ptr": "*fp32:16",
         }
-        signature |= {"zero_ptr": "*i32:16", "sum_ptr": "*i32:16", "eps": "fp32"}
+        signature |= {"zero_ptr": "*i32", "sum_ptr": "*i32", "eps": "fp32"}
         yield Case(
             name=f"token quantize{name}",
             kernel=code.token_quantize_kernel,
-            signature=signature | {size: "i32:16" for size in ("stride_x", "width", "width_out")},
+            signature=signature | {size: "i32:16" for size in ("stride_x", "stride_out", "width", "width_out")},
             constants=options | {"NORM": norm, "OFFSET": False, "CLIP": False},
             options={"num_warps": warps, "num_stages": 1},
             weights=WIDTH,

@@ -138,15 +138,15 @@ def linear(x: QuantizedTokens, weight: IntWeight, dtype: torch.dtype, *, config:
     Raises:
         ValueError: Widths differ, or sums of so many inputs do not fit 32 bits.
     """
-    rows, columns = x.codes.shape
+    rows, columns = len(x.rows), x.width
     if columns != weight.in_features:
         raise ValueError(f"x has {columns} channels, the weight takes {weight.in_features}")
-    if columns > most_inputs(x.zero_point is not None, weight):
+    if columns > most_inputs(not x.symmetric, weight):
         raise ValueError(f"a sum of {columns} products can exceed 32 bits; dequantize this weight instead")
-    config = configure(rows, weight.packed, _capability(x.codes.device) in (9, 10)) if config is None else config
+    config = configure(rows, weight.packed, _capability(x.rows.device) in (9, 10)) if config is None else config
     if weight.packed and config.inputs != BLOCK:
         raise ValueError(f"packed codes are read {BLOCK} inputs at a time, not {config.inputs}")
-    out = x.codes.new_empty(rows, len(weight.codes), dtype=dtype)
+    out = x.rows.new_empty(rows, len(weight.codes), dtype=dtype)
     grid = (triton.cdiv(rows, config.rows) * triton.cdiv(len(weight.codes), config.outputs),)
     with torch.cuda.device_of(out):  # triton launches on the current device
         int_gemm_kernel[grid](*arguments(x, weight, out), **constants(x, weight, config))
@@ -166,7 +166,7 @@ def arguments(x: QuantizedTokens, weight: IntWeight, out: Tensor) -> tuple[Any, 
     x_zero = x.sums if x.zero_point is None else x.zero_point
     w_zero = weight.sums if weight.zero_point is None else weight.zero_point
     w = (weight.codes, weight.scale, w_zero, weight.sums)
-    sizes = (len(x.codes), x.codes.shape[1], len(weight.codes), x.codes.stride(0), weight.codes.stride(0))
+    sizes = (len(x.rows), x.width, len(weight.codes), x.rows.stride(0), weight.codes.stride(0))
     return (x.codes, x.scale, x_zero, x.sums, *w, out, *sizes)
 
 
@@ -174,14 +174,14 @@ def constants(x: QuantizedTokens, weight: IntWeight, config: Config) -> dict[str
     """The constants that the kernel is compiled with."""
     return {
         "PACKED": weight.packed,
-        "X_ZERO": x.zero_point is not None,
+        "X_ZERO": not x.symmetric,
         "W_ZERO": weight.zero_point is not None,
         "MASKED": weight.in_features % config.inputs != 0,
         "M": config.rows,
         "N": config.outputs,
         "K": config.inputs,
         "STAGES": config.stages,
-        "KEEP": torch.version.hip is None and _capability(x.codes.device) not in (9, 10),
+        "KEEP": torch.version.hip is None and _capability(x.rows.device) not in (9, 10),
         "PTX": torch.version.hip is None,
         "num_warps": config.warps,
     }

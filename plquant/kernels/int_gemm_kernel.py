@@ -73,6 +73,8 @@ def int_gemm_kernel(
 ):
     """out[m, n] = x_scale[m] w_scale[n] sum over k of (x[m, k] - x_zero[m]) (w[n, k] - w_zero[n]).
 
+    All that belongs to a row of x is ``stride_x`` bytes from what belongs to the row before.
+
     PACKED: a row of w is blocks of K / 2 bytes, byte j of which has inputs j and j + K / 2. MASKED: K does not divide
     ``in_features``; the rows of w are stored whole.
     """
@@ -101,13 +103,13 @@ def int_gemm_kernel(
         w_at += RUN
     if PACKED:
         acc = acc >> 4
-    m_read += first_m
+    row_at = first_m.to(tl.int64) * (stride_x // 4) + m_read * (stride_x // 4)
     n_read += first_n
     if W_ZERO:
-        acc -= tl.load(x_sum_ptr + m_read)[:, None] * tl.load(w_zero_ptr + n_read)[None, :]
+        acc -= tl.load(x_sum_ptr + row_at)[:, None] * tl.load(w_zero_ptr + n_read)[None, :]
     if X_ZERO:
-        acc -= tl.load(x_zero_ptr + m_read)[:, None] * tl.load(w_sum_ptr + n_read)[None, :]
-    out = acc.to(tl.float32) * tl.load(x_scale_ptr + m_read)[:, None] * tl.load(w_scale_ptr + n_read)[None, :]
+        acc -= tl.load(x_zero_ptr + row_at)[:, None] * tl.load(w_sum_ptr + n_read)[None, :]
+    out = acc.to(tl.float32) * tl.load(x_scale_ptr + row_at)[:, None] * tl.load(w_scale_ptr + n_read)[None, :]
     out_at = out_ptr + (first_m.to(tl.int64) * out_features + first_n) + (m[:, None] * out_features + n[None, :])
     inside = (m[:, None] < rows - first_m) & (n[None, :] < out_features - first_n)
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -57,12 +57,7 @@ def quantize(
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits} is not 2 to 8")
-    result = QuantizedTokens(
-        x.new_empty(x.shape, dtype=torch.int8),
-        x.new_empty(len(x), dtype=torch.float32),
-        None if symmetric else x.new_empty(len(x), dtype=torch.int32),
-        x.new_empty(len(x), dtype=torch.int32),
-    )
+    result = QuantizedTokens.empty(x, x.shape[1], symmetric)
     _launch(x, left, right, factor, result.codes, result, offset, _options(bits, symmetric) | {"QUANTIZE": True})
     return result
 
@@ -102,5 +97,5 @@ def _launch(
     tensors = (x, left.contiguous(), right.contiguous(), out, scale if offset is None else offset, scale, zero, sums)
     with torch.cuda.device_of(x):
         kronecker_kernel[(len(x),)](
-            *tensors, x.stride(0), n1, n2, factor, OFFSET=offset is not None, **options, **sizes(n1, n2)
+            *tensors, x.stride(0), out.stride(0), n1, n2, factor, OFFSET=offset is not None, **options, **sizes(n1, n2)
         )

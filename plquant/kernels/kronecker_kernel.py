@@ -19,6 +19,7 @@ def kronecker_kernel(
     zero_ptr,
     sum_ptr,
     stride_x,
+    stride_out,
     n1,
     n2,
     factor,
@@ -31,6 +32,8 @@ def kronecker_kernel(
     N2: tl.constexpr,
 ):
     """``out``: the rows themselves, or int8 codes with QUANTIZE; N1 and N2 are powers of two and hold n1 and n2.
+
+    Codes, and all that belongs to them, are ``stride_out`` bytes from those of the row before.
 
     ``factor`` is multiplied with the sums of the second product. Both products are rounded to the dtype of x, as two
     modules one after the other round them.
@@ -47,7 +50,7 @@ def kronecker_kernel(
     right = tl.load(right_ptr + k[:, None] * n2 + j[None, :], mask=(k < n2)[:, None] & (j < n2)[None, :], other=0.0)
     half = tl.dot(left, x).to(DTYPE)
     y = (tl.dot(half, right) * factor).to(DTYPE)
-    out_at = out_ptr + row.to(tl.int64) * (n1 * n2) + at
+    out_at = out_ptr + row.to(tl.int64) * stride_out + at
     if not QUANTIZE:
         tl.store(out_at, y, mask=inside)
         return
@@ -59,8 +62,9 @@ def kronecker_kernel(
     high = tl.max(tl.max(y, 1, keep_dims=True), 0, keep_dims=True)
     codes, scale, zero = choose_codes(y, low, high, offset, OFFSET, QMIN, QMAX, SYMMETRIC)
     tl.store(out_at, codes.to(tl.int8), mask=inside)
-    one = row + tl.zeros((1, 1), tl.int32)
-    tl.store(scale_ptr + one, scale)
+    rest = row.to(tl.int64) * (stride_out // 4)
+    one = tl.zeros((1, 1), tl.int32)
+    tl.store(scale_ptr + rest + one, scale)
     if not SYMMETRIC:
-        tl.store(zero_ptr + one, zero)
-    tl.store(sum_ptr + row, tl.sum(tl.sum(tl.where(inside, codes, 0), 1), 0))
+        tl.store(zero_ptr + rest + one, zero)
+    tl.store(sum_ptr + rest, tl.sum(tl.sum(tl.where(inside, codes, 0), 1), 0))

@@ -19,19 +19,53 @@ MAX_WIDTH = 65536
 
 @dataclass(frozen=True)
 class QuantizedTokens:
-    """Activations as signed codes, x = scale (code - zero_point).
+    """Activations as signed codes, x = scale (code - zero_point), all of a token in one row of bytes.
+
+    So one tensor of the shape of the activations can take their place between two modules.
 
     Attributes:
-        codes: int8 [M, K'], in [-2^(bits - 1), 2^(bits - 1)); those of an asymmetric grid are less by half its range.
-        scale: fp32 [M].
-        zero_point: int32 [M], in the units of ``codes``; ``None``: symmetric.
-        sums: int32 [M], of the codes of each row.
+        rows: int8 [M, row_bytes(K')]: the codes, what fills them up to a multiple of 16, then fp32 scale, int32
+            zero-point, int32 sum of the codes, and four bytes of nothing.
+        width: K'.
+        symmetric: There is no zero-point.
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    sums: Tensor
+    rows: Tensor
+    width: int
+    symmetric: bool
+
+    @classmethod
+    def empty(cls, x: Tensor, width: int, symmetric: bool) -> QuantizedTokens:
+        """Room for the codes of the rows of ``x``."""
+        return cls(x.new_empty(len(x), row_bytes(width), dtype=torch.int8), width, symmetric)
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 [M, K'], in [-2^(bits - 1), 2^(bits - 1)); those of an asymmetric grid are less by half its range."""
+        return self.rows[:, : self.width]
+
+    @property
+    def scale(self) -> Tensor:
+        """fp32 [M]."""
+        return self._rest(torch.float32)[:, 0]
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """int32 [M], in the units of ``codes``; ``None``: symmetric."""
+        return None if self.symmetric else self._rest(torch.int32)[:, 1]
+
+    @property
+    def sums(self) -> Tensor:
+        """int32 [M], of the codes of each row."""
+        return self._rest(torch.int32)[:, 2]
+
+    def _rest(self, dtype: torch.dtype) -> Tensor:
+        return self.rows[:, -16:].view(dtype)
+
+
+def row_bytes(width: int) -> int:
+    """Of ``QuantizedTokens`` with so many codes."""
+    return -(-width // 16) * 16 + 16
 
 
 @dataclass(frozen=True)
@@ -99,19 +133,14 @@ def quantize_tokens(
         raise ValueError(f"rows of {max(width, width_out)} channels are wider than {MAX_WIDTH}")
     if x.stride(1) != 1:
         x = x.contiguous()
-    result = QuantizedTokens(
-        x.new_empty(rows, width_out, dtype=torch.int8),
-        x.new_empty(rows, dtype=torch.float32),
-        None if symmetric else x.new_empty(rows, dtype=torch.int32),
-        x.new_empty(rows, dtype=torch.int32),
-    )
+    result = QuantizedTokens.empty(x, width_out, symmetric)
     gain = x if norm is None else norm.gain
     table = result.sums if gather is None else gather
     shift = result.scale if offset is None else offset
     shares = result.scale if clip is None else clip
     zero = result.sums if result.zero_point is None else result.zero_point
     outputs = (result.codes, result.scale, zero, result.sums)
-    sizes = (x.stride(0), width, width_out, 0.0 if norm is None else norm.eps)
+    sizes = (x.stride(0), result.rows.stride(0), width, width_out, 0.0 if norm is None else norm.eps)
     options = constants(bits, symmetric, width, width_out, 0 if gather is None else len(gather), hadamard)
     with torch.cuda.device_of(x):  # triton launches on the current device
         token_quantize_kernel[(rows,)](

@@ -72,6 +72,7 @@ def token_quantize_kernel(
     zero_ptr,
     sum_ptr,
     stride_x,
+    stride_out,
     width,
     width_out,
     eps,
@@ -86,7 +87,7 @@ def token_quantize_kernel(
     BLOCK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Codes, scale, zero-point and sum of codes of one row.
+    """Codes, scale, zero-point and sum of codes of one row; all of them are ``stride_out`` bytes from the last row's.
 
     ``sources`` is [SOURCES, width_out]: the channels that each channel is the sum of, -1 for none. HADAMARD: order of
     the blocks that are rotated, 0 for none. Every step rounds to the dtype of x, as modules do one after the other.
@@ -123,12 +124,13 @@ def token_quantize_kernel(
         low *= tl.load(clip_ptr)
         high *= tl.load(clip_ptr + 1)
     codes, scale, zero = choose_codes(y, low, high, shift, OFFSET, QMIN, QMAX, SYMMETRIC)
-    tl.store(codes_ptr + row.to(tl.int64) * width_out + k, codes.to(tl.int8), mask=inside)
+    tl.store(codes_ptr + row.to(tl.int64) * stride_out + k, codes.to(tl.int8), mask=inside)
+    at = row.to(tl.int64) * (stride_out // 4)
     one = tl.arange(0, 1)
-    tl.store(scale_ptr + row + one, scale)
+    tl.store(scale_ptr + at + one, scale)
     if not SYMMETRIC:
-        tl.store(zero_ptr + row + one, zero)
-    tl.store(sum_ptr + row, tl.sum(tl.where(inside, codes, 0), 0))
+        tl.store(zero_ptr + at + one, zero)
+    tl.store(sum_ptr + at, tl.sum(tl.where(inside, codes, 0), 0))
 
 
 @triton.jit

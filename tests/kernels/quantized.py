@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from plquant.kernels.layout import Axis, PackedWeight, pack
+from plquant.kernels.token_quantize import QuantizedTokens
 
 
 def quantized(
@@ -41,6 +42,18 @@ def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float16, device: 
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
     x[:, ::16] *= 4
     return x.to(dtype).to(device)
+
+
+def tokens_of(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> QuantizedTokens:
+    """Codes [M, K] with their scales and zero-points [M], as kernels take them; what is no part of them is full."""
+    tokens = QuantizedTokens.empty(codes, codes.shape[1], zero_point is None)
+    tokens.rows.fill_(-1)
+    tokens.codes.copy_(codes)
+    tokens.scale.copy_(scale)
+    tokens.sums.copy_(codes.sum(1))
+    if zero_point is not None and tokens.zero_point is not None:
+        tokens.zero_point.copy_(zero_point)
+    return tokens
 
 
 def error_ratio(out: Tensor, x: Tensor, weight: Tensor) -> float:

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 from plquant.kernels import int_gemm
 from plquant.kernels.token_quantize import QuantizedTokens
+from tests.kernels.quantized import tokens_of
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -18,7 +19,7 @@ def operands(
     half = 1 << (x_bits - 1)
     codes = torch.randint(-half, half, (m, k)).to(torch.int8)
     zero = None if symmetric else torch.randint(-half, half, (m,), dtype=torch.int32)
-    x = QuantizedTokens(codes, torch.rand(m) + 0.1, zero, codes.sum(1, dtype=torch.int32))
+    x = tokens_of(codes, torch.rand(m) + 0.1, zero)
     if symmetric:
         w_codes = torch.randint(-(1 << (w_bits - 1)), 1 << (w_bits - 1), (n, k)).to(torch.int8)
         w_zero = None
@@ -51,7 +52,7 @@ def test_every_configuration(config: int_gemm.Config) -> None:
 
 def test_the_largest_codes_do_not_saturate() -> None:
     codes = torch.full((1, 512), -128, dtype=torch.int8)
-    x = QuantizedTokens(codes, torch.ones(1), torch.full((1,), 127, dtype=torch.int32), codes.sum(1, dtype=torch.int32))
+    x = tokens_of(codes, torch.ones(1), torch.full((1,), 127))
     for bits in (8, 4):
         largest = (1 << bits) - 1
         weight = int_gemm.pack(
@@ -76,6 +77,6 @@ def test_what_does_not_fit_is_refused() -> None:
         int_gemm.linear(x, int_gemm.pack(torch.zeros(8, 32, dtype=torch.int8), torch.ones(8), None, 4), torch.float16)
     assert int_gemm.most_inputs(True, weight) == 33025
     many = torch.zeros(1, 33026, dtype=torch.int8)
-    wide = QuantizedTokens(many, torch.ones(1), torch.zeros(1, dtype=torch.int32), many.sum(1, dtype=torch.int32))
+    wide = tokens_of(many, torch.ones(1), torch.zeros(1))
     with pytest.raises(ValueError, match="exceed 32 bits"):
         int_gemm.linear(wide, int_gemm.pack(many.byte(), torch.ones(1), torch.zeros(1), 8), torch.float16)
