@@ -20,6 +20,7 @@ from plquant.formats.quantization_config import (
     activations_of,
     attention_of,
     grids_of,
+    norms_of,
     online_of,
     quantization_config,
 )
@@ -27,6 +28,7 @@ from plquant.nn.online import Online
 from plquant.nn.output_layer import OutputLayer
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.packed_structure import PackedStructure
+from plquant.nn.token_norm import TokenNorm
 from plquant.quant.grid import ActivationGrid
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class PackedConfig(QuantizationConfigMixin):
             activations_of(self.stored),
             attention_of(self.stored),
             online_of(self.stored),
+            norms_of(self.stored),
         )
 
 
@@ -128,6 +131,8 @@ def _lay_out_rest_(lm: PreTrainedModel) -> None:
     for module in lm.modules():
         if isinstance(module, Online):
             module.kernels = True
+        if isinstance(module, TokenNorm):
+            module.prepare_()
     head = lm.get_output_embeddings()
     if type(head) is nn.Linear:
         lm.set_output_embeddings(OutputLayer.of(head))
@@ -148,6 +153,7 @@ def stored_config(lm: nn.Module, activations: ActivationGrid | None = None) -> d
         structure.activations,
         structure.attention,
         structure.online,
+        structure.norms,
         rewritten=any(isinstance(m, Experts) or getattr(m, "clip", None) is not None for m in lm.modules()),
     )
 

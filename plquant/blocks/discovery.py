@@ -173,7 +173,8 @@ def _propose(proof: Proof, sources: Sequence[str], rows: slice) -> list[Site]:
             kept = tuple(name for name in readers if name in proof.kept)
             kind: Literal["norm", "linear"] = "norm" if proof.is_norm(source) else "linear"
             nan = float("nan")
-            proposed.append(Site(source, consumers, channel.cpu(), kind, False, nan, offset, rows, None, kept))
+            direct = proof.hands_on(source, consumers)
+            proposed.append(Site(source, consumers, channel.cpu(), kind, False, nan, offset, rows, None, direct, kept))
     return proposed
 
 

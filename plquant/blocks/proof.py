@@ -39,6 +39,8 @@ class _Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
+    came: Any = None  # the first argument itself, of which ``args`` has a copy
+    gave: Any = None  # and the output
 
 
 class Proof:
@@ -197,6 +199,18 @@ class Proof:
             found.append((tuple(named), channels[0]) if alike else ((), None))
         return found
 
+    def hands_on(self, source: str, readers: Sequence[str]) -> bool:
+        """Whether all these are called with the very tensor that the source makes of one, and it is as it was."""
+        made = self._calls[source]
+        return all(
+            len(made) == len(self._calls[reader])
+            and all(
+                len(one.args) == 1 and one.gave is other.came and torch.equal(one.output, other.args[0])
+                for one, other in zip(made, self._calls[reader], strict=True)
+            )
+            for reader in readers
+        )
+
     @cached_property
     def operands(self) -> dict[str, dict[Operand, tuple[str, slice]]]:
         """For each attention by name: which module writes its queries, keys and values, and with which output channels.
@@ -225,7 +239,7 @@ class Proof:
         """
         if not self.is_norm(source):
             return 0.0
-        args, kwargs, _ = self._calls[source][0]
+        args, kwargs, *_ = self._calls[source][0]
         weight, bias = self._parameters(source)
         no_bias = {} if bias is None else {"bias": torch.zeros_like(bias)}
         with _AllDouble():
@@ -316,11 +330,12 @@ class Proof:
         calls: dict[str, list[_Call]] = {}
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(self._names[module], []).append(_Call(*map_tensors(Tensor.clone, (args, kwargs))))
+            call = _Call(*map_tensors(Tensor.clone, (args, kwargs)))
+            calls.setdefault(self._names[module], []).append(call._replace(came=next(iter(args), None)))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             called = calls[self._names[module]]
-            called[-1] = called[-1]._replace(output=map_tensors(Tensor.clone, output))
+            called[-1] = called[-1]._replace(output=map_tensors(Tensor.clone, output), gave=output)
 
         def attention(module: nn.Module, *operands: Tensor) -> None:
             self._attending.add(self._names[module])

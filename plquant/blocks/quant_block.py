@@ -20,6 +20,7 @@ from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.online import attach_online_
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.packed_structure import PackedStructure
+from plquant.nn.token_norm import TokenNorm
 from plquant.nn.transformed_norm import TransformedNorm
 from plquant.nn.transformed_reader import TransformedReader
 from plquant.quant.affine import QTensor
@@ -265,13 +266,23 @@ class QuantBlock(nn.Module):
         self.layers.set_submodule(name, packed)
 
     def fold_sources_(self) -> None:
-        """Make the transforms of the norms, and of what reads them in full precision, permanent, in fp64."""
+        """Make the transforms of the norms, and of what reads them in full precision, permanent, in fp64.
+
+        A norm that all its readers quantize alike does so for them from now on.
+        """
         for name, module in list(self.layers.named_modules()):
             if isinstance(module, TransformedNorm | TransformedReader):
                 folded = module.fold_()
                 self.layers.set_submodule(name, folded)
                 if isinstance(module, TransformedNorm):
                     attach_online_(folded, _operations(module.transforms, folded.get_parameter("weight").dtype))
+        for site in self.sites:
+            if site.kind == "norm" and site.direct and not site.kept:
+                norm = self.layers.get_submodule(site.source)
+                own = TokenNorm.of(norm, [self.layers.get_submodule(name) for name in site.consumers])
+                if own is not None:
+                    attach_online_(own, getattr(norm, "online", ()))
+                    self.layers.set_submodule(site.source, own)
 
     def pack_(self, round_weight: Callable[[FakeQuantLinear], QTensor] = FakeQuantLinear.quantize) -> None:
         """Pack every linear and fold the norms."""

@@ -26,6 +26,7 @@ class Site:
         rows: Output channels of a fused linear that are the C channels of this site: v in qkv, up in gate_up.
         head_dim: The channels are heads of this width, and a matrix for each head of the source was proven; ``None``
             where only scales were.
+        direct: The consumers are called with what the source gives, the very tensor.
         kept: Names of other modules with a weight [E, C] that read the channels but are not quantized, as the router of
             a mixture of experts: they take what consumers take, in full precision.
     """
@@ -39,6 +40,7 @@ class Site:
     gain_offset: float = 0.0
     rows: slice = field(default_factory=lambda: slice(None))
     head_dim: int | None = None
+    direct: bool = False
     kept: tuple[str, ...] = ()
 
     @property

@@ -8,6 +8,7 @@ in the model. Activations:
                             clips the greatest element
     queries, keys, values,  our own entry ``plquant``, which others ignore: in compressed-tensors' ``kv_cache_scheme``
     softmax probabilities   a dynamic range is that of a head over all tokens, not of each token
+    norms                   which of them may quantize for all who read them: our own entry; others quantize one by one
     run-time operations     our own entry as well. Without them the weights are wrong, so the format is no longer
                             called ``pack-quantized`` and other loaders refuse it. (Of another ``quant_method``
                             transformers only warns, and goes on with random weights.)
@@ -36,6 +37,7 @@ def quantization_config(
     activations: ActivationGrid | None = None,
     attention: Collection[str] = (),
     online: Mapping[str, Any] | None = None,
+    norms: Mapping[str, Any] | None = None,
     rewritten: bool = False,
 ) -> dict[str, Any]:
     """The entry for a quantized model.
@@ -46,6 +48,7 @@ def quantization_config(
         activations: Grid of the activations.
         attention: Names of the attention modules that are quantized inside.
         online: Name of every module with run-time operations -> what they are, as JSON.
+        norms: Name of every norm that quantizes for its readers -> what it is, as JSON.
         rewritten: The model's modules are not those of transformers (experts, which it stores fused; clipped ranges of
             activations, which it has none of). It would look for other tensors than there are, and go on without.
     """
@@ -70,6 +73,8 @@ def quantization_config(
         entry |= {"activations": asdict(activations), "attention": list(attention)}
     if online:
         entry["online"] = dict(online)
+    if norms:
+        entry["norms"] = dict(norms)
     if online or rewritten:
         for part in (config, *config["config_groups"].values()):
             part["format"] = FORMAT_WITH_OPERATIONS
@@ -124,6 +129,11 @@ def attention_of(config: Mapping[str, Any]) -> list[str]:
 def online_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Name of every module with run-time operations -> what they are."""
     return dict(config.get(ENTRY, {}).get("online", {}))
+
+
+def norms_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Name of every norm that quantizes for its readers -> what it is."""
+    return dict(config.get(ENTRY, {}).get("norms", {}))
 
 
 def _weights(grid: IntGrid) -> Any:

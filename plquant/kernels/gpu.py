@@ -13,7 +13,8 @@ from plquant.kernels import decode, int_gemm, kronecker, prefill
 from plquant.kernels.dequantize import dequantize
 from plquant.kernels.int_gemm import IntWeight
 from plquant.kernels.layout import PackedWeight
-from plquant.kernels.token_quantize import QuantizedTokens, quantize_tokens
+from plquant.kernels.token_quantize import quantize_tokens
+from plquant.kernels.tokens import QuantizedTokens
 
 MOST_PREFILL_ROWS = 256  # from here on torch's product of the dequantized weight, made once, is the quickest
 

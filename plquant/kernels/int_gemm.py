@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from plquant.kernels.int_gemm_kernel import int_gemm_kernel
-from plquant.kernels.token_quantize import QuantizedTokens
+from plquant.kernels.tokens import QuantizedTokens
 
 # Letters: M rows of x, I in_features, O out_features.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plquant.kernels.kronecker_kernel import kronecker_kernel
 from plquant.kernels.native import MOST_KRONECKER_ORDER
-from plquant.kernels.token_quantize import QuantizedTokens
+from plquant.kernels.tokens import QuantizedTokens
 
 # Letters: M rows; X [n1, n2] a row of x.
 

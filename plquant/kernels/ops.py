@@ -22,42 +22,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plquant.kernels import cpu, layout, native, reference
+from plquant.kernels.checks import DTYPES, HALVES, check_factors, check_integer_weight, check_tensor, expect
 from plquant.kernels.cpu_layout import TILE, UNIT, Shape, Weight
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias"
 _FRAGMENTS = "Tensor codes, Tensor? high, Tensor scale, Tensor? zero_point, Tensor? bias"
-_INTEGERS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor sums, Tensor? bias"
-_SHAPE = "int out_features, int in_features, int bits, int group_size, bool along_out"
+INTEGERS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor sums, Tensor? bias"
+SHAPE = "int out_features, int in_features, int bits, int group_size, bool along_out"
 _INPUTS = "int x_bits, bool x_symmetric, Tensor? x_offset, Tensor? x_clip=None"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HALVES = (torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("plquant", "DEF")
-_library.define(f"linear(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")
-_library.define(f"few_rows(Tensor x, {_WEIGHT}, {_SHAPE}) -> Tensor")
-_library.define(f"quantized_linear(Tensor x, {_WEIGHT}, {_SHAPE}, {_INPUTS}) -> Tensor")
-_library.define(f"few_quantized_rows(Tensor x, {_WEIGHT}, {_SHAPE}, {_INPUTS}) -> Tensor")
-_library.define(f"fragment_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain) -> Tensor")
-_library.define(f"fragment_quantized_linear(Tensor x, {_FRAGMENTS}, {_SHAPE}, float gain, {_INPUTS}) -> Tensor")
+_library.define(f"linear(Tensor x, {_WEIGHT}, {SHAPE}) -> Tensor")
+_library.define(f"few_rows(Tensor x, {_WEIGHT}, {SHAPE}) -> Tensor")
+_library.define(f"quantized_linear(Tensor x, {_WEIGHT}, {SHAPE}, {_INPUTS}) -> Tensor")
+_library.define(f"few_quantized_rows(Tensor x, {_WEIGHT}, {SHAPE}, {_INPUTS}) -> Tensor")
+_library.define(f"fragment_linear(Tensor x, {_FRAGMENTS}, {SHAPE}, float gain) -> Tensor")
+_library.define(f"fragment_quantized_linear(Tensor x, {_FRAGMENTS}, {SHAPE}, float gain, {_INPUTS}) -> Tensor")
 _FACTORS = "Tensor? left=None, Tensor? right=None, float factor=1.0"
-_library.define(f"integer_linear(Tensor x, {_INTEGERS}, {_SHAPE}, ScalarType dtype, {_INPUTS}, {_FACTORS}) -> Tensor")
+_library.define(f"integer_linear(Tensor x, {INTEGERS}, {SHAPE}, ScalarType dtype, {_INPUTS}, {_FACTORS}) -> Tensor")
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 for _name in ("kronecker", "cpu_kronecker"):
     _library.define(f"{_name}(Tensor x, Tensor left, Tensor right, float factor=1.0) -> Tensor")
 
 
-def _expect(condition: bool, name: str, expected: str, given: object) -> None:
-    if not condition:
-        raise ValueError(f"Expected argument `{name}` to be {expected}, but got {given}")
-
-
 @cache
 def _sizes(shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the codes, and of the scale and zero-point; refuses what is no shape."""
-    _expect(2 <= shape.bits <= 8, "bits", "2 to 8", shape.bits)
+    expect(2 <= shape.bits <= 8, "bits", "2 to 8", shape.bits)
     width = shape.out_features if shape.along_out else shape.in_features
     fits = shape.group_size > 0 and width % shape.group_size == 0
-    _expect(fits, "group_size", f"a divisor of {width}", shape.group_size)
+    expect(fits, "group_size", f"a divisor of {width}", shape.group_size)
     tiles = shape.padded_out // TILE
     scale = (shape.groups, shape.padded_in) if shape.along_out else (tiles, shape.groups, TILE)
     return (tiles, shape.padded_in // UNIT, shape.bits, UNIT), scale
@@ -67,41 +61,29 @@ def _check(x: Tensor, weight: Weight, bias: Tensor | None, shape: Shape, inputs:
     """Every argument fits the others."""
     codes, groups = _sizes(shape)
     _check_others(x, bias, shape, inputs)
-    _check_tensor(x, "codes", weight.codes, (torch.int16,), codes)
-    _check_tensor(x, "scale", weight.scale, _DTYPES, groups)
+    check_tensor(x, "codes", weight.codes, (torch.int16,), codes)
+    check_tensor(x, "scale", weight.scale, DTYPES, groups)
     if weight.zero_point is not None:
-        _check_tensor(x, "zero_point", weight.zero_point, (torch.uint8,), groups)
+        check_tensor(x, "zero_point", weight.zero_point, (torch.uint8,), groups)
 
 
 def _check_others(x: Tensor, bias: Tensor | None, shape: Shape, inputs: Sequence[Any]) -> None:
     """What is no part of the weight; ``inputs`` are as ``run_time.Inputs``, or none."""
-    if x.dtype not in _DTYPES:
-        _expect(False, "x", "float32, bfloat16 or float16", x.dtype)
+    if x.dtype not in DTYPES:
+        expect(False, "x", "float32, bfloat16 or float16", x.dtype)
     if x.ndim == 0 or x.shape[-1] != shape.in_features:
-        _expect(False, "x", f"of shape [..., {shape.in_features}]", list(x.shape))
+        expect(False, "x", f"of shape [..., {shape.in_features}]", list(x.shape))
     if bias is not None:
-        _check_tensor(x, "bias", bias, (x.dtype,), (shape.out_features,))
+        check_tensor(x, "bias", bias, (x.dtype,), (shape.out_features,))
     if not inputs:
         return
     bits, _, offset, clip = (*inputs, None)[:4]  # a default is not passed on
     if not 2 <= bits <= 8:
-        _expect(False, "x_bits", "2 to 8", bits)
+        expect(False, "x_bits", "2 to 8", bits)
     if offset is not None:
-        _check_tensor(x, "x_offset", offset, (torch.float32,), (shape.in_features,))
+        check_tensor(x, "x_offset", offset, (torch.float32,), (shape.in_features,))
     if clip is not None:
-        _check_tensor(x, "x_clip", clip, (torch.float32,), (2,))
-
-
-def _check_tensor(x: Tensor, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], size: tuple[int, ...]) -> None:
-    # The messages are made only when they are needed: at a token at a time all of this counts.
-    if tensor.dtype not in dtypes:
-        _expect(False, name, " or ".join(map(str, dtypes)), tensor.dtype)
-    if tensor.shape != size:
-        _expect(False, name, f"of shape {list(size)}", list(tensor.shape))
-    if tensor.device != x.device:
-        _expect(False, name, f"on {x.device} as `x` is", tensor.device)
-    if not tensor.is_contiguous():
-        _expect(False, name, "contiguous", f"strides {tensor.stride()}")
+        check_tensor(x, "x_clip", clip, (torch.float32,), (2,))
 
 
 def _rows(x: Tensor, shape: Shape) -> Tensor:
@@ -140,13 +122,13 @@ def _fake(
 
 
 def _check_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _expect(x.dtype in _DTYPES, "x", "float32, bfloat16 or float16", x.dtype)
-    _expect(weight.ndim == 2, "weight", "of two dimensions", list(weight.shape))
+    expect(x.dtype in DTYPES, "x", "float32, bfloat16 or float16", x.dtype)
+    expect(weight.ndim == 2, "weight", "of two dimensions", list(weight.shape))
     fits = x.ndim > 0 and x.shape[-1] == weight.shape[1]
-    _expect(fits, "x", f"of shape [..., {weight.shape[1]}]", list(x.shape))
-    _check_tensor(x, "weight", weight, (x.dtype,), (*weight.shape,))
+    expect(fits, "x", f"of shape [..., {weight.shape[1]}]", list(x.shape))
+    check_tensor(x, "weight", weight, (x.dtype,), (*weight.shape,))
     if bias is not None:
-        _check_tensor(x, "bias", bias, (x.dtype,), (len(weight),))
+        check_tensor(x, "bias", bias, (x.dtype,), (len(weight),))
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,14 +163,14 @@ def _fragments(
     codes, high, scale, zero_point = parts
     sizes = layout.plane_sizes(*shape[:3])
     planes = [plane for plane in (codes, high) if plane is not None]
-    _expect(len(planes) == len(sizes), "high", f"{'a' if len(sizes) == 2 else 'no'} second plane", high)
+    expect(len(planes) == len(sizes), "high", f"{'a' if len(sizes) == 2 else 'no'} second plane", high)
     for name, plane, size in zip(("codes", "high"), planes, sizes, strict=False):
-        _check_tensor(x, name, plane, (torch.int32,), size)
+        check_tensor(x, name, plane, (torch.int32,), size)
     rows, columns = layout.padded_size(*shape[:3])
     groups = (shape.groups, columns if shape.along_out else rows)
-    _check_tensor(x, "scale", scale, _HALVES, groups)
+    check_tensor(x, "scale", scale, HALVES, groups)
     if zero_point is not None:
-        _check_tensor(x, "zero_point", zero_point, (scale.dtype,), groups)
+        check_tensor(x, "zero_point", zero_point, (scale.dtype,), groups)
     return layout.packed_weight(parts, shape, gain)
 
 
@@ -234,38 +216,21 @@ def _check_integers(
 ) -> Shape:
     shape, dtype, inputs = Shape(*rest[:5]), rest[5], rest[6:]
     _check_others(x, bias, shape, inputs)
-    _expect(dtype in _HALVES, "dtype", "bfloat16 or float16", dtype)
-    whole = not shape.along_out and shape.groups == 1
-    _expect(whole, "group_size", f"{shape.in_features}, one scale per output", shape.group_size)
-    padded = -(-shape.in_features // 128) * 128
-    _check_tensor(x, "codes", codes, (torch.int8,), (shape.out_features, padded // 2 if shape.bits <= 4 else padded))
-    _check_tensor(x, "scale", scale, (torch.float32,), (shape.out_features,))
-    _check_tensor(x, "sums", sums, (torch.int32,), (shape.out_features,))
-    if zero_point is not None:
-        _check_tensor(x, "zero_point", zero_point, (torch.int32,), (shape.out_features,))
+    check_integer_weight(x, codes, scale, zero_point, sums, shape, dtype)
     left, right = (*inputs, None, None, None)[4:6]
     if left is not None and right is not None:
-        _check_factors(x, left, right, dtype)
-        _expect(len(inputs) < 4 or inputs[3] is None, "x_clip", "None beside `left`", "a tensor")
+        check_factors(x, left, right, dtype)
+        expect(len(inputs) < 4 or inputs[3] is None, "x_clip", "None beside `left`", "a tensor")
     return shape
 
 
-def _check_factors(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-    for name, matrix in (("left", left), ("right", right)):
-        order = len(matrix)
-        _expect(order <= native.MOST_KRONECKER_ORDER, name, f"of at most {native.MOST_KRONECKER_ORDER} rows", order)
-        _check_tensor(x, name, matrix, (dtype,), (order, order))
-    if x.shape[-1] != len(left) * len(right):
-        _expect(False, "x", f"of shape [..., {len(left) * len(right)}]", list(x.shape))
-
-
 def _check_kronecker(x: Tensor, left: Tensor, right: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    _expect(x.dtype in dtypes, "x", " or ".join(map(str, dtypes)), x.dtype)
-    _check_factors(x, left, right, x.dtype)
+    expect(x.dtype in dtypes, "x", " or ".join(map(str, dtypes)), x.dtype)
+    check_factors(x, left, right, x.dtype)
 
 
 def _kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _check_kronecker(x, left, right, _HALVES)
+    _check_kronecker(x, left, right, HALVES)
     if x.numel() == 0:
         return torch.empty_like(x)
     from plquant.kernels import kronecker  # needs triton
@@ -280,7 +245,7 @@ def _cpu_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) 
 
 
 def _fake_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _check_kronecker(x, left, right, _HALVES)
+    _check_kronecker(x, left, right, HALVES)
     return x.new_empty(x.shape)
 
 

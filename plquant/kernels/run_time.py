@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from plquant.kernels import cpu_layout, layout, native, ops
+from plquant.kernels import cpu_layout, layout, native, ops, token_ops
 from plquant.kernels.cpu_layout import Shape
 
 Tensors = dict[str, Any]  # Tensor or None
@@ -191,6 +191,10 @@ class Integers(RunTime):
         assert inputs is not None
         weight = (*tensors.values(), bias, *self.shape, self.dtype)
         return ops.integer_linear(x, *weight, *inputs, *(factors or ()))
+
+    def of_tokens(self, tokens: Tensor, tensors: Tensors, bias: Tensor | None, symmetric: bool) -> Tensor:
+        """``linear`` of activations that are quantized by now: ``QuantizedTokens.rows`` of any leading shape."""
+        return token_ops.token_linear(tokens, *tensors.values(), bias, *self.shape, self.dtype, symmetric)
 
 
 def kind(device: torch.device, dtype: torch.dtype, shape: Shape, quantized_inputs: bool) -> type[RunTime] | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from plquant.nn.attention import AttentionQuantizer
 from plquant.nn.kronecker import applied
 from plquant.nn.packed_linear import PackedLinear
+from plquant.nn.token_norm import TokenNorm
 from plquant.transforms import gather_op  # noqa: F401, make_op knows the operations that were imported
 from plquant.transforms.online import OnlineOp, make_op
 
@@ -54,7 +55,7 @@ def attach_online_(module: nn.Module, ops: Iterable[OnlineOp], at: Where = "outp
 
     Args:
         module: A ``PackedLinear``, which then does them to its input before that is quantized; an
-            ``AttentionQuantizer``, to queries and keys; any other module (a norm) to its output.
+            ``AttentionQuantizer``, to queries and keys; a ``TokenNorm`` or any other module to its output.
         ops: The operations, in order.
         at: Whether any other module does them to its input in place of its output.
     """
@@ -64,9 +65,12 @@ def attach_online_(module: nn.Module, ops: Iterable[OnlineOp], at: Where = "outp
     if isinstance(module, PackedLinear | AttentionQuantizer):
         module.online = online
         return
+    online.at = at
+    if isinstance(module, TokenNorm):
+        module.online = online
+        return
     assert not hasattr(module, "online"), "operations would be done twice"
     module.online = online
-    online.at = at
     if at == "input":
         module.register_forward_pre_hook(_to_input)
     else:

@@ -138,7 +138,11 @@ class PackedLinear(nn.Module):
         return self.weight_scale.dtype if self.prepared is None else self.prepared.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]."""
+        """[..., I], or tokens that a ``TokenNorm`` quantized -> [..., O]."""
+        if x.dtype == torch.int8:
+            assert isinstance(self.prepared, run_time.Integers) and self.inputs is not None
+            bias = None if self.bias is None else self.bias.to(self.prepared.dtype)
+            return self.prepared.of_tokens(x, self._tensors(), bias, self.inputs.symmetric)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         inputs = None
         if self.inputs is not None:

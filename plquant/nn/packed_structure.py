@@ -16,6 +16,7 @@ from plquant.nn.attention import CHILD, AttentionQuantizer, quantize_attention_
 from plquant.nn.fake_quant_linear import FakeQuantLinear
 from plquant.nn.online import attach_online_, make_ops, online_entries
 from plquant.nn.packed_linear import PackedLinear
+from plquant.nn.token_norm import TokenNorm
 from plquant.quant.grid import ActivationGrid, IntGrid
 
 
@@ -28,12 +29,14 @@ class PackedStructure:
         activations: Grid of the activations, or ``None``.
         attention: Names of the attention modules that are quantized inside.
         online: Name of every module with run-time operations -> these, as ``online_entries`` gives them.
+        norms: Name of every ``TokenNorm`` -> its epsilon and the names of the linears that read it.
     """
 
     grids: Mapping[str, IntGrid]
     activations: ActivationGrid | None = None
     attention: Collection[str] = ()
     online: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    norms: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, activations: ActivationGrid | None) -> PackedStructure:
@@ -51,7 +54,13 @@ class PackedStructure:
         attention = [
             name for name, m in model.named_modules() if isinstance(getattr(m, CHILD, None), AttentionQuantizer)
         ]
-        return cls({name: m.grid for name, m in packed.items()}, activations, attention, online_entries(model))
+        names = {linear: name for name, linear in packed.items()}
+        norms = {
+            name: {"eps": m.eps, "readers": [names[linear] for linear in m.readers]}
+            for name, m in model.named_modules()
+            if isinstance(m, TokenNorm)
+        }
+        return cls({name: m.grid for name, m in packed.items()}, activations, attention, online_entries(model), norms)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -60,6 +69,7 @@ class PackedStructure:
             "activations": None if self.activations is None else asdict(self.activations),
             "attention": list(self.attention),
             "online": dict(self.online),
+            "norms": dict(self.norms),
         }
 
     @classmethod
@@ -71,6 +81,7 @@ class PackedStructure:
             None if activations is None else ActivationGrid(**activations),
             content["attention"],
             content["online"],
+            content.get("norms", {}),  # none in blocks of an earlier version
         )
 
     def build_(self, model: nn.Module, tensors: Collection[str]) -> None:
@@ -89,6 +100,11 @@ class PackedStructure:
                 packed = PackedLinear.empty(linear, grid)
                 packed.inputs = self._inputs(f"{name}.inputs", packed, tensors)
                 model.set_submodule(name, packed)
+            for name, entry in self.norms.items():
+                found = [model.get_submodule(reader) for reader in entry["readers"]]
+                readers = [linear for linear in found if isinstance(linear, PackedLinear)]
+                norm = TokenNorm(model.get_submodule(name).get_parameter("weight"), entry["eps"], readers)
+                model.set_submodule(name, norm)
             for name, entry in self.online.items():
                 module = model.get_submodule(name)
                 device = next(itertools.chain(module.parameters(), module.buffers(), model.parameters())).device

@@ -66,6 +66,8 @@ class Toy(nn.Module):
         y = self.down(self.activation(self.up(normed)))
         if self.extra == "parallel":
             return x + y + self.other(normed)
+        if self.extra == "copied":
+            return x + y + self.other(normed.clone())
         if self.extra == "residual":  # BLOOM, optionally: the residual is taken after the norm
             return normed + y + self.other(x)
         if self.extra == "nonlinear reader":

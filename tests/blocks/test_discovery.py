@@ -421,3 +421,9 @@ def test_prepared_blocks_carry_the_places_of_their_layers(family: str) -> None:
             assert all(name in block.linears for name in site.consumers)
             assert not any(name in block.linears for name in site.kept)
             assert all(block.layers.get_submodule(name) is not None for name in (site.source, *site.kept))
+
+
+def test_a_site_is_direct_where_its_readers_take_the_very_tensor() -> None:
+    assert [site.direct for site in find_sites(Toy(extra="parallel"), X, {}) if site.kind == "norm"] == [True]
+    assert [site.direct for site in find_sites(Toy(extra="copied"), X, {}) if site.kind == "norm"] == [False]
+    assert [site.direct for site in places_of("llama")[0].sites] == [True, False, True, False]

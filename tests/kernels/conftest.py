@@ -15,3 +15,15 @@ def interpreted() -> Iterator[None]:
 
     with interpreted():
         yield
+
+
+@pytest.fixture
+def pretended(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is a GPU to whoever asks for kernels: weights are laid out as for one."""
+    import torch
+
+    from plquant.kernels import run_time
+
+    kind = run_time.kind
+    monkeypatch.setattr(run_time, "kind", lambda device, *rest: kind(torch.device("cuda"), *rest))
+    monkeypatch.setattr(run_time, "has_triton", lambda device: True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from plquant.kernels.layout import Axis, PackedWeight, pack
-from plquant.kernels.token_quantize import QuantizedTokens
+from plquant.kernels.tokens import QuantizedTokens
 
 
 def quantized(

@@ -7,7 +7,8 @@ import torch
 
 from plquant.kernels import int_gemm, kronecker, prefill
 from plquant.kernels.dequantize import dequantize
-from plquant.kernels.token_quantize import Norm, quantize_tokens, sources
+from plquant.kernels.token_quantize import Norm, quantize_tokens
+from plquant.kernels.tokens import sources
 from plquant.quant.token_quantize import token_codes
 from tests.kernels.quantized import error_ratio, inputs, quantized
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 from plquant.kernels import int_gemm
-from plquant.kernels.token_quantize import QuantizedTokens
+from plquant.kernels.tokens import QuantizedTokens
 from tests.kernels.quantized import tokens_of
 
 pytestmark = pytest.mark.usefixtures("interpreted")

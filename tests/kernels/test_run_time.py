@@ -30,14 +30,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def pretended(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are laid out as on a GPU."""
-    kind = run_time.kind
-    monkeypatch.setattr(run_time, "kind", lambda device, *rest: kind(torch.device("cuda"), *rest))
-    monkeypatch.setattr(run_time, "has_triton", lambda device: True)
-
-
 def made(grid: IntGrid, x_bits: int | None, dtype: torch.dtype, shape: tuple[int, int] = (96, 160)) -> PackedLinear:
     generator = torch.Generator().manual_seed(grid.bits)
     linear = PackedLinear(

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from plquant.kernels.token_quantize import Norm, QuantizedTokens, quantize_tokens, sources
+from plquant.kernels.token_quantize import Norm, quantize_tokens
+from plquant.kernels.tokens import QuantizedTokens, sources
 from plquant.quant.token_quantize import token_codes
 from plquant.transforms.gather_op import GatherOp
 
