@@ -13,13 +13,14 @@ from plquant.kernels.int_gemm import configure
 # times as large.
 PER_MMA = {False: 2.2, True: 5.0}
 PER_GROUP_MMA = {False: 20.0, True: 31.0}
+CAPABILITY = {"sm_90": 9, "sm_100": 10}  # major; where it matters
 
 
 def cases(target: str) -> Iterator[Case]:
     """Codes of 8 and of 4 bits, the tile of each number of rows, both zero-points."""
     groups = target in ("sm_90", "sm_100")
     for packed, rows in product((False, True), (16, 64, 128)):
-        config = configure(rows, packed, groups)
+        config = configure(rows, packed, CAPABILITY.get(target, 8))
         constants = {
             "PACKED": packed,
             "X_ZERO": True,

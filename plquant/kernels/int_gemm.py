@@ -105,20 +105,24 @@ def unpack(weight: IntWeight) -> Tensor:
     return codes[:, : weight.in_features]
 
 
-def configure(rows: int, packed: bool, warpgroups: bool) -> Config:
+def configure(rows: int, packed: bool, capability: int) -> Config:
     """A tile for so many rows of x.
 
     Args:
         rows: M.
         packed: Whether codes are packed.
-        warpgroups: Whether products are issued by four warps together (compute capability 9 and 10): their tiles of
+        capability: Major compute capability. From 9 to 10 products are issued by four warps together: their tiles of
             128 x 128 take eight warps then, those of a warp by itself four.
     """
     if rows <= 16:
         return Config(16, 64, 128, 4, 4)
+    if packed and capability == 10:
+        # Large products take their operands from shared memory there, where codes would have to be put back: a warp's
+        # own, in tiles too small for the others, take a sixth of the instructions.
+        return Config(32, 128, 128, 4, 3)
     if rows <= 64:
         return Config(64, 128, 128, 4, 3)
-    if warpgroups:
+    if capability in (9, 10):
         return Config(128, 128, 128, 8, 3)
     return Config(128, 128, 128 if packed else 64, 4, 3)
 
@@ -143,7 +147,7 @@ def linear(x: QuantizedTokens, weight: IntWeight, dtype: torch.dtype, *, config:
         raise ValueError(f"x has {columns} channels, the weight takes {weight.in_features}")
     if columns > most_inputs(not x.symmetric, weight):
         raise ValueError(f"a sum of {columns} products can exceed 32 bits; dequantize this weight instead")
-    config = configure(rows, weight.packed, _capability(x.rows.device) in (9, 10)) if config is None else config
+    config = configure(rows, weight.packed, _capability(x.rows.device)) if config is None else config
     if weight.packed and config.inputs != BLOCK:
         raise ValueError(f"packed codes are read {BLOCK} inputs at a time, not {config.inputs}")
     out = x.rows.new_empty(rows, len(weight.codes), dtype=dtype)

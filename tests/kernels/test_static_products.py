@@ -39,3 +39,10 @@ def test_what_the_limits_are_for() -> None:
     case = named("prefill W4 bf16 64 rows")
     case.constants["OPAQUE"] = False
     assert any("per_mma" in text for text in violations(case, "sm_80", figures(case, "sm_80")))
+
+
+def test_packed_codes_are_multiplied_from_registers_on_sm_100() -> None:
+    """In the large products of that target they would be spread by bytes, at twenty instructions a weight."""
+    case = next(case for case in cases("sm_100") if case.name == "int gemm W4 128 rows")
+    found = figures(case, "sm_100")
+    assert found["narrow"] == 0 and found["total"] <= 1.2 and not found["spills"]
