@@ -104,6 +104,14 @@ struct Output {
   int parts;
 };
 
+// How far from unit u of T tiles, that are read side by side, is what is read 2048 bytes of each of them later: in vectors.
+// After the last unit that is in the next T tiles.
+template <int B, int T>
+static inline int64_t ahead_of(const Shape& s, int64_t u) {
+  int64_t units = (32 + B - 1) / B;
+  return (u + units < s.units ? units : units + (T - 1) * s.units) * B;
+}
+
 // T tiles from the given one on, R rows.
 template <int B, int R, int T>
 static void some_tiles(const Weight& w, const Shape& s, const Rows& rows, const Output& out, int64_t tile) {
@@ -124,13 +132,15 @@ static void some_tiles(const Weight& w, const Shape& s, const Rows& rows, const 
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++)
         for (int e = 0; e < E; e++) acc[t][r][e] = _mm512_setzero_ps();
-    for (int64_t u = g * units; u < (g + 1) * units; u++)
+    for (int64_t u = g * units; u < (g + 1) * units; u++) {
+      int64_t ahead = ahead_of<B, T>(s, u);
 #pragma GCC unroll 4
       for (int t = 0; t < T; t++) {
         const __m512i* z = codes + (t * s.units + u) * B;
-        for (int b = 0; b < B; b++) _mm_prefetch((const char*)(z + b) + 2048, _MM_HINT_T0);
+        for (int b = 0; b < B; b++) _mm_prefetch((const char*)(z + ahead + b), _MM_HINT_T0);
         step.template one<0>(z, x + u * 16 * R, acc[t]);
       }
+    }
     for (int t = 0; t < T; t++) {
       int64_t at = s.scales(tile + t, g);
       __m512 scale = w.along_out ? _mm512_set1_ps(1) : load16(w.scale, at, w.scale_dtype);
@@ -282,13 +292,15 @@ static void integer_tiles(const Weight& w, const Shape& s, const Integers& in, i
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_si512();
     }
-    for (int64_t u = g * units; u < (g + 1) * units; u++)
+    for (int64_t u = g * units; u < (g + 1) * units; u++) {
+      int64_t ahead = ahead_of<B, T>(s, u);
 #pragma GCC unroll 4
       for (int t = 0; t < T; t++) {
         const __m512i* z = codes + (t * s.units + u) * B;
-        for (int b = 0; b < B; b++) _mm_prefetch((const char*)(z + b) + 2048, _MM_HINT_T0);
+        for (int b = 0; b < B; b++) _mm_prefetch((const char*)(z + ahead + b), _MM_HINT_T0);
         Quads<B, R>::template one<0>(z, in.values + u * 8 * R, acc[t], sum[t]);
       }
+    }
     for (int t = 0; t < T; t++) {
       int64_t at = s.scales(tile + t, g);
       __m512 scale = load16(w.scale, at, w.scale_dtype);
