@@ -33,6 +33,7 @@ from plquant.data.base import TextData, ids_sha256, share_of
 from plquant.distributed import launch, meeting, on_rank_zero, refused_by_any, require_even, require_supported, say
 from plquant.finite import require_finite, require_finite_stream
 from plquant.formats.quantization_config import FORMAT
+from plquant.garbage import only_new
 from plquant.manifest import add_to_hash, machine
 from plquant.model import QuantizedLM
 from plquant.nn.cost import Cost
@@ -133,6 +134,7 @@ class BlockwiseTrainer(PerplexityTrainer):
                 say(f"note: perplexity is measured on the calibration text, {datamodule.text_name('validation')}")
         return launch(self, lambda: self._calibrate(model, datamodule, grid, folder, done, evaluate))
 
+    @only_new()
     def _calibrate(
         self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, folder: RunFolder, done: int, evaluate: bool
     ) -> Report:

@@ -25,6 +25,7 @@ BELOW = {
     "block_checkpoint": ["files"],
     "distributed": [],
     "quiet": [],
+    "garbage": [],
     "sign_sgd": [],
     "recipe": ["", "quant", "data", "parts", "block_module", "model"],
     "data": ["evaluating"],
@@ -59,7 +60,7 @@ BELOW = {
             "model",
             "callbacks",
         ],
-        *["finite", "manifest", "plan", "quiet", "recipe", "report", "run_folder"],
+        *["finite", "garbage", "manifest", "plan", "quiet", "recipe", "report", "run_folder"],
         *["perplexity_trainer", "trial"],
     ],
 }
