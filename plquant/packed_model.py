@@ -24,6 +24,7 @@ from plquant.formats.quantization_config import (
     online_of,
     quantization_config,
 )
+from plquant.nn.attention import serve_attention_
 from plquant.nn.online import Online
 from plquant.nn.output_layer import OutputLayer
 from plquant.nn.packed_linear import PackedLinear
@@ -133,6 +134,7 @@ def _lay_out_rest_(lm: PreTrainedModel) -> None:
             module.kernels = True
         if isinstance(module, TokenNorm):
             module.prepare_()
+    serve_attention_(lm)
     head = lm.get_output_embeddings()
     if type(head) is nn.Linear:
         lm.set_output_embeddings(OutputLayer.of(head))

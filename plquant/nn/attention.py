@@ -4,7 +4,7 @@ transformers' attention modules call what ``config._attn_implementation`` names,
 with whatever the KV cache holds. ``quantize_attention_`` names ours there; it quantizes, then calls the implementation
 the model had, with the mask that one would get. So no attention class is copied, and softcapping, sliding windows,
 sinks and grouped queries stay the model's own business. A module without quantizer, or with ``enabled = False``, gives
-the original's output to the last bit.
+the original's output to the last bit, but for a single token on a CPU (``grouped_attention``).
 
 A cache of transformers keeps keys and values as they come, in floating point, and they are quantized when they are
 read. Since the grid of a token and head depends on that token and head alone, the numbers are those of a cache of
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from plquant.nn.grouped_attention import sdpa
 from plquant.quant.grid import ActivationGrid
 from plquant.quant.token_bytes import tokens_from_bytes, tokens_to_bytes
 from plquant.quant.token_quantize import quantize_tokens
@@ -112,6 +113,14 @@ def quantize_attention_(model: nn.Module, names: Iterable[str], grid: Activation
         setattr(module, CHILD, AttentionQuantizer(grid, heads))
 
 
+def serve_attention_(model: nn.Module) -> None:
+    """Let attention that is not quantized, where it is sdpa, be ``grouped_attention``'s."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = _registered("sdpa")
+
+
 def _registered(former: str) -> str:
     """Name, in transformers, of the quantized variant of an implementation; its masks are the original's."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -150,9 +159,7 @@ def _quantized_attention(
 def _implementation(former: str, module: nn.Module) -> Callable[..., Any]:
     if former == "eager":
         return _eager(module)
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward
+    return sdpa
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
