@@ -15,6 +15,7 @@ from plquant.nn.packed_linear import PackedLinear
 from plquant.quant.grid import ActivationGrid, IntGrid
 from tests.kernels.quantized import error_ratio
 from tests.kernels.test_run_time import CASES, activations, exact, made, rotation, whole_numbers
+from tests.kernels.test_token_norm import inputs, with_readers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +68,29 @@ def test_kronecker_products_in_front(case: str, dtype: torch.dtype) -> None:
     attach_online_(linear, [op.cuda()])
     for rows, product in expected.items():
         assert torch.equal(linear(whole_numbers(rows, dtype).cuda()), product)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["", "gather", "rotation"])
+def test_norms_hand_tokens_on(name: str, dtype: torch.dtype) -> None:
+    norm, readers = with_readers(name, False, dtype)
+    for module in (norm, *readers):
+        module.cuda()
+    for rows in (1, 20, 300):
+        x = inputs(rows, dtype=dtype).cuda()
+        tokens = norm(x)  # compiles
+        y = norm.normed(x)
+        for op in norm.online or ():
+            y = op(y)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = norm(x)
+        graph.replay()
+        assert tokens.dtype == torch.int8 and torch.equal(again[:, :-4], tokens[:, :-4])  # the last four are nothing
+        for reader in readers:  # squares are added in another order: a rare code is its neighbour
+            found, expected = reader(tokens).double(), reader(y).double()
+            assert (found - expected).norm() <= 2e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -86,27 +86,32 @@ def online(name: str, dtype: torch.dtype) -> list[nn.Module]:
     return {"": [], "gather": [gather], "rotation": [rotation], "two": [gather, after]}[name]
 
 
-@pytest.mark.usefixtures("pretended")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-@pytest.mark.parametrize("name", ["", "gather", "rotation", "two"])
-def test_tokens_give_what_activations_give(name: str, symmetric: bool, dtype: torch.dtype) -> None:
-    ops = online(name, dtype)
+def with_readers(name: str, symmetric: bool, dtype: torch.dtype) -> tuple[TokenNorm, list[PackedLinear]]:
+    """A norm with these operations, and what reads it, laid out."""
     width = 56 if name in ("gather", "two") else C
     offset = torch.linspace(-0.4, 0.3, width) if name == "gather" else None
     readers = [linear(n, width, 4, symmetric, offset, dtype=dtype) for n in (32, 40)]
     norm = TokenNorm.of(norm_of(dtype=dtype), readers)
     assert norm is not None
-    attach_online_(norm, ops)
+    attach_online_(norm, online(name, dtype))
     for reader in readers:
         reader.prepare_()
     norm.prepare_()
+    return norm, readers
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("name", ["", "gather", "rotation", "two"])
+def test_tokens_give_what_activations_give(name: str, symmetric: bool, dtype: torch.dtype) -> None:
+    norm, readers = with_readers(name, symmetric, dtype)
     for shape in ((), (1,), (2, 20), (2, 0)):
         x = inputs(*shape, dtype=dtype)
         tokens = norm(x)
         assert tokens.dtype == torch.int8 and tokens.shape[:-1] == x.shape[:-1]
         y = norm.normed(x)
-        for op in ops:
+        for op in norm.online or ():
             y = op(y)
         for reader in readers:
             found = reader(tokens)
@@ -122,7 +127,7 @@ def test_tokens_give_what_activations_give(name: str, symmetric: bool, dtype: to
     # where a linear takes activations, or these are others, it is a norm
     assert norm(x.clone().requires_grad_()).requires_grad
     wide = norm(x.float())
-    assert wide.dtype == torch.float32 and wide.shape == (3, 4, width)
+    assert wide.dtype == torch.float32 and wide.shape == (3, 4, readers[0].in_features)
     readers[1].prepared = None
     assert norm(x).dtype == dtype
 
