@@ -24,7 +24,9 @@ from plquant.architectures.moe import routers
 from plquant.blocks.attentions import watching_attention
 from plquant.blocks.fold import Fold
 from plquant.blocks.nested import map_tensors
+from plquant.blocks.replay import Instead, Knows, Replay
 from plquant.blocks.sites import Attention, QuerySite, Site, Stream
+from plquant.nn.token_norm import tokens_like
 
 # Random inputs drawn, at most, until every linear has run and every channel has been seen non-zero (ReLU, experts).
 MAX_DRAWS = 64
@@ -40,7 +42,7 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
     output: Any = None
     came: Any = None  # the first argument itself, of which ``args`` has a copy
-    gave: Any = None  # and the output
+    gave: Any = None  # the output itself
 
 
 class Proof:
@@ -199,17 +201,29 @@ class Proof:
             found.append((tuple(named), channels[0]) if alike else ((), None))
         return found
 
+    @torch.no_grad()
     def hands_on(self, source: str, readers: Sequence[str]) -> bool:
-        """Whether all these are called with the very tensor that the source makes of one, and it is as it was."""
+        """Whether what the source gives is for these alone, who are called with the very tensor.
+
+        Then it may be anything that they understand: in its place the block passes on random bytes of another width,
+        these give what they gave before, and nobody notices, not by its dtype or shape either.
+        """
         made = self._calls[source]
-        return all(
-            len(made) == len(self._calls[reader])
-            and all(
-                len(one.args) == 1 and one.gave is other.came and torch.equal(one.output, other.args[0])
-                for one, other in zip(made, self._calls[reader], strict=True)
-            )
-            for reader in readers
-        )
+        if any(len(made) != len(self._calls[reader]) for reader in readers):
+            return False
+        pairs = [pair for reader in readers for pair in zip(made, self._calls[reader], strict=True)]
+        if any(len(one.args) != 1 or one.gave is not other.came for one, other in pairs):
+            return False
+        given = [tokens_like(call.output) for call in made]
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.modules[source].register_forward_hook(Instead(given)).remove)
+            for reader in readers:
+                self.modules[reader].forward = Knows(given, [call.output for call in self._calls[reader]])
+                stack.callback(self.modules[reader].__dict__.pop, "forward")
+            try:
+                return all(torch.equal(self._run(x), y) for x, y in zip(self._inputs, self._outputs, strict=True))
+            except Exception:  # whatever other code makes of it
+                return False
 
     @cached_property
     def operands(self) -> dict[str, dict[Operand, tuple[str, slice]]]:
@@ -321,7 +335,7 @@ class Proof:
                     values, rows = factors[name]
                     factor = values.new_ones(self.num_channels(name))
                     factor[rows] = values
-                hook = _Replay([call.output for call in calls], factor)
+                hook = Replay([call.output for call in calls], factor)
                 stack.callback(self.modules[name].register_forward_hook(hook).remove)
             return self._watch(self._inputs)
 
@@ -416,19 +430,6 @@ def match_channels(before: Tensor, after: Tensor, factor: Tensor) -> Tensor:
     is_scaled = (after - found * before).norm(dim=0) <= SAME * found.abs() * energy.sqrt()
     is_factor = (ordered[nearest] - found).abs() <= SAME * found
     return index[nearest].where(is_scaled & is_factor, -1)
-
-
-class _Replay:
-    """A forward hook that gives recorded outputs in their order, times a factor."""
-
-    def __init__(self, outputs: Sequence[Any], factor: Tensor | float) -> None:
-        self._outputs, self._factor = iter(outputs), factor
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return map_tensors(self._scaled, next(self._outputs))
-
-    def _scaled(self, recorded: Tensor) -> Tensor:
-        return recorded * self._factor if recorded.is_floating_point() else recorded.clone()
 
 
 class _AllDouble(TorchFunctionMode):

@@ -104,8 +104,8 @@ struct Output {
   int parts;
 };
 
-// How far from unit u of T tiles, that are read side by side, is what is read 2048 bytes of each of them later: in vectors.
-// After the last unit that is in the next T tiles.
+// T tiles are read side by side. While unit u of each is, this many vectors further on lies what will be read when another
+// 2048 bytes of each have been: in the same tile, or near its end in the tile that is T further on.
 template <int B, int T>
 static inline int64_t ahead_of(const Shape& s, int64_t u) {
   int64_t units = (32 + B - 1) / B;

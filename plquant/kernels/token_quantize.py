@@ -12,7 +12,7 @@ from torch import Tensor
 from plquant.kernels.token_quantize_kernel import token_quantize_kernel
 from plquant.kernels.tokens import QuantizedTokens
 
-# Letters: M rows, K channels of x, K' channels of the codes, T most sources of a channel, A additions.
+# Letters: M rows, K channels of x, K' channels of the codes, T most sources of a channel.
 
 HADAMARD_ORDERS = (0, 16, 32, 64, 128)
 MAX_WIDTH = 65536

@@ -1,4 +1,4 @@
-"""What a token is between its quantization and the products with it."""
+"""What a token is between its quantization and the products with it, and what the quantization reads of a gather."""
 
 from __future__ import annotations
 

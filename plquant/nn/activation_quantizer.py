@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +56,16 @@ class ActivationQuantizer(nn.Module):
         shares = self.shares()
         clip = None if shares is None else torch.stack(shares)
         return ActivationQuantizer(self.bits, self.symmetric, self.offset, clip)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``to`` and the like; offset and clip are fp32 in a model of halves, too."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
     def extra_repr(self) -> str:
         """Width and kind, for ``print(model)``."""

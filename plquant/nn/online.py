@@ -67,6 +67,7 @@ def attach_online_(module: nn.Module, ops: Iterable[OnlineOp], at: Where = "outp
         return
     online.at = at
     if isinstance(module, TokenNorm):
+        assert at == "output", "a norm's readers read what its operations give"
         module.online = online
         return
     assert not hasattr(module, "online"), "operations would be done twice"

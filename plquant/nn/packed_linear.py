@@ -172,7 +172,12 @@ class PackedLinear(nn.Module):
             probe = fn(torch.empty(0, dtype=dtype, device=device))
             if (probe.device, probe.dtype) != (device, dtype):
                 self._restore_()
+        laid_out = {} if self.prepared is None else {name: self._buffers.pop(name) for name in self.prepared.names}
         super()._apply(fn, recurse)
+        for name, tensor in laid_out.items():
+            if tensor is not None and (moved := fn(tensor)).dtype == tensor.dtype:  # else it is fp32 in any model
+                tensor = moved
+            self._buffers[name] = tensor
         if self.kernels:
             self.prepare_()
         return self

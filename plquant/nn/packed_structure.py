@@ -81,7 +81,7 @@ class PackedStructure:
             None if activations is None else ActivationGrid(**activations),
             content["attention"],
             content["online"],
-            content.get("norms", {}),  # none in blocks of an earlier version
+            content.get("norms", {}),  # blocks of an earlier version have none
         )
 
     def build_(self, model: nn.Module, tensors: Collection[str]) -> None:
@@ -101,9 +101,11 @@ class PackedStructure:
                 packed.inputs = self._inputs(f"{name}.inputs", packed, tensors)
                 model.set_submodule(name, packed)
             for name, entry in self.norms.items():
-                found = [model.get_submodule(reader) for reader in entry["readers"]]
-                readers = [linear for linear in found if isinstance(linear, PackedLinear)]
-                norm = TokenNorm(model.get_submodule(name).get_parameter("weight"), entry["eps"], readers)
+                readers = [model.get_submodule(reader) for reader in entry["readers"]]
+                linears = [reader for reader in readers if isinstance(reader, PackedLinear)]
+                if not linears or len(linears) < len(readers) or not isinstance(entry["eps"], float):
+                    raise ValueError(f"{name} is no norm of quantized linears: {entry}")
+                norm = TokenNorm(model.get_submodule(name).get_parameter("weight"), entry["eps"], linears)
                 model.set_submodule(name, norm)
             for name, entry in self.online.items():
                 module = model.get_submodule(name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plquant.kernels import run_time, token_ops
-from plquant.kernels.tokens import sources
+from plquant.kernels.tokens import row_bytes, sources
 from plquant.nn.kronecker import applied, factors_of
 from plquant.nn.packed_linear import PackedLinear
 from plquant.transforms.gather_op import GatherOp
@@ -31,7 +31,7 @@ class TokenNorm(nn.Module):
     Args:
         weight: The gain, [C].
         eps: Added to the mean of the squares.
-        readers: The linears.
+        readers: The linears, which a copy of the norm alone has copies of.
 
     Attributes:
         online: Run-time operations on what is normed, or ``None``.
@@ -49,7 +49,7 @@ class TokenNorm(nn.Module):
 
     @classmethod
     def of(cls, norm: nn.Module, readers: Sequence[nn.Module]) -> TokenNorm | None:
-        """The same as a norm, bit by bit; ``None`` if it is another, or what reads it does not quantize alike.
+        """In the place of a norm, the same to the bit in every dtype; ``None`` if it, or a reader, does not allow it.
 
         Args:
             norm: The norm, itself without run-time operations.
@@ -60,11 +60,14 @@ class TokenNorm(nn.Module):
         linears = [reader for reader in readers if isinstance(reader, PackedLinear)]
         if weight is None or eps is None or len(linears) < len(readers) or not _quantize_alike(linears):
             return None
-        own = cls(nn.Parameter(weight.detach().cpu(), requires_grad=False), eps, ())
-        x = torch.randn(PROBES, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-        with torch.autocast("cpu", enabled=False):
-            same = torch.equal(own.normed(x), copy.deepcopy(norm).cpu().forward(x))  # not its hooks
-        return cls(weight, eps, linears) if same else None
+        x = torch.randn(PROBES, len(weight), generator=torch.Generator().manual_seed(0))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):  # where it rounds shows in halves only
+            theirs = copy.deepcopy(norm).cpu().to(dtype)
+            own = cls(theirs.get_parameter("weight"), eps, ())
+            with torch.autocast("cpu", enabled=False), torch.no_grad():
+                if not torch.equal(own.normed(x.to(dtype)), theirs.forward(x.to(dtype))):  # without its hooks
+                    return None
+        return cls(weight, eps, linears)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C'], or int8 tokens of C' channels."""
@@ -84,10 +87,22 @@ class TokenNorm(nn.Module):
         return applied(last, y) if factors is None else token_ops.kronecker_tokens(y, *factors, *how)
 
     def prepare_(self) -> None:
-        """Make what the kernels take of the run-time operations, which have their tensors by now."""
+        """Make what the kernels take of the run-time operations, which have their tensors by now.
+
+        Raises:
+            ValueError: The linears do not quantize alike, or a gather is not one of these channels.
+        """
+        if not _quantize_alike(self.readers):
+            raise ValueError("linears that read one norm's tokens do not quantize alike: the folder is damaged")
         ops = list(self.online or ())
         if len(ops) == 1 and isinstance(ops[0], GatherOp):
-            self.gather = sources(ops[0].index, ops[0].adds)
+            index, adds = ops[0].index, ops[0].adds
+            for name, values, end in (("index", index, len(self.weight)), ("adds", adds[:, 0], len(self.weight))):
+                if bool(((values < 0) | (values >= end)).any()):
+                    raise ValueError(f"a gather's {name} are not of {end} channels: the folder is damaged")
+            if bool(((adds[:, 1] < 0) | (adds[:, 1] >= len(index))).any()):
+                raise ValueError(f"a gather adds to others than its {len(index)} channels: the folder is damaged")
+            self.gather = sources(index, adds)
 
     def normed(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]: x / rms in fp32, rounded to the dtype of x, times the gain."""
@@ -97,13 +112,22 @@ class TokenNorm(nn.Module):
 
     def hands_tokens_on(self, x: Tensor) -> bool:
         """Whether the linears take codes of ``x``, where and as it is."""
-        laid_out = all(isinstance(linear.prepared, run_time.Integers) for linear in self.readers)
+        for linear in self.readers:
+            if not isinstance(linear.prepared, run_time.Integers) or linear.prepared.dtype != x.dtype:
+                return False
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return laid_out and x.dtype == self.weight.dtype and run_time.has_triton(x.device) and not wants_grad
+        plain = x.dtype == self.weight.dtype and not wants_grad and not self.training
+        return plain and run_time.has_triton(x.device)
 
     def extra_repr(self) -> str:
         """Width and epsilon, for ``print(model)``."""
         return f"{len(self.weight)}, eps={self.eps}"
+
+
+def tokens_like(x: Tensor) -> Tensor:
+    """Random bytes of the shape that tokens of [..., C'] have."""
+    size, generator = (*x.shape[:-1], row_bytes(x.shape[-1])), torch.Generator(x.device).manual_seed(0)
+    return torch.randint(-128, 128, size, dtype=torch.int8, device=x.device, generator=generator)
 
 
 def _quantize_alike(linears: Sequence[PackedLinear]) -> bool:

@@ -47,6 +47,14 @@ def proof_of(family: str) -> Proof:
 
 
 X = torch.zeros(1, NUM_TOKENS, 8)
+READINGS: dict[str, Any] = {  # of a norm's output, which is that of a site each time, but is not only for linears
+    "copied": lambda linear, normed, x: linear(normed.clone()),
+    "cast": lambda linear, normed, x: linear(normed.to(x.dtype)),
+    "its dtype": lambda linear, normed, x: linear(normed).to(normed.dtype),
+    "its width": lambda linear, normed, x: linear(normed) / normed.shape[-1],
+    "its kind": lambda linear, normed, x: linear(normed) + 0 * torch.finfo(normed.dtype).eps,
+    "in place": lambda linear, normed, x: linear(normed.mul_(2)),
+}
 
 
 class Toy(nn.Module):
@@ -66,8 +74,8 @@ class Toy(nn.Module):
         y = self.down(self.activation(self.up(normed)))
         if self.extra == "parallel":
             return x + y + self.other(normed)
-        if self.extra == "copied":
-            return x + y + self.other(normed.clone())
+        if self.extra in READINGS:
+            return x + y + READINGS[self.extra](self.other, normed, x)
         if self.extra == "residual":  # BLOOM, optionally: the residual is taken after the norm
             return normed + y + self.other(x)
         if self.extra == "nonlinear reader":

@@ -20,7 +20,7 @@ from plquant.blocks.stream import rotate_stream_
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.quant.scaled_weight import ScaledWeight
 from plquant.transforms.scale_shift import ScaleShift
-from tests.blocks.prepared import NUM_TOKENS, Toy, X, places_of, prepare, prepared
+from tests.blocks.prepared import NUM_TOKENS, READINGS, Toy, X, places_of, prepare, prepared
 from tests.families import FAMILIES, VOCAB, tiny_model
 
 ALL = slice(None)
@@ -425,5 +425,10 @@ def test_prepared_blocks_carry_the_places_of_their_layers(family: str) -> None:
 
 def test_a_site_is_direct_where_its_readers_take_the_very_tensor() -> None:
     assert [site.direct for site in find_sites(Toy(extra="parallel"), X, {}) if site.kind == "norm"] == [True]
-    assert [site.direct for site in find_sites(Toy(extra="copied"), X, {}) if site.kind == "norm"] == [False]
     assert [site.direct for site in places_of("llama")[0].sites] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("extra", READINGS)
+def test_a_site_is_not_direct_where_anything_else_looks_at_it(extra: str) -> None:
+    """Linears would be given bytes instead, with other dtypes and widths."""
+    assert [site.direct for site in find_sites(Toy(extra=extra), X, {}) if site.kind == "norm"] == [False]

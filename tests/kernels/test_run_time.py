@@ -217,6 +217,17 @@ def test_another_dtype_or_device_is_laid_out_anew_and_saved_as_it_was(case: str)
     assert torch.equal(linear.quantized().codes, linear.bfloat16().quantized().codes)
 
 
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("case", CASES)
+def test_the_dtype_that_it_has_changes_nothing(case: str) -> None:
+    """Not even what is fp32 in the layout of a model of halves."""
+    linear = made(*CASES[case][:2], torch.bfloat16)
+    linear.prepare_()
+    x = activations(3, 160, dtype=torch.bfloat16)
+    expected, laid_out = linear(x), linear.prepared
+    assert torch.equal(linear.bfloat16()(x), expected) and linear.prepared is laid_out
+
+
 def test_a_weight_without_kernels_stays_as_it_is_and_a_warning_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     device, shape = torch.device("cuda"), run_time.Shape(64, 96, 4, 32, False)
     assert run_time.kind(device, torch.float16, shape, False) is Fragments

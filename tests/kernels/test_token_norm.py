@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from plquant.kernels import token_ops
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.online import attach_online_
 from plquant.nn.packed_linear import PackedLinear
+from plquant.nn.packed_structure import PackedStructure
 from plquant.nn.token_norm import TokenNorm
 from plquant.quant.fake_quantize import quantize_weight
 from plquant.quant.grid import ActivationGrid, IntGrid
 from plquant.transforms.gather_op import GatherOp
 from plquant.transforms.online import KroneckerOp
 from tests.families import tiny_model
+from tests.test_methods import QUANTIZED_ACTIVATIONS, calibrate
 from tests.test_packed_model import logits, save
 
 C, EPS = 48, 1e-5
@@ -64,7 +67,8 @@ def test_only_rms_norms_whose_readers_quantize_alike_are_taken() -> None:
         assert torch.equal(own(inputs(*shape)), norm(inputs(*shape)))
     assert set(own.state_dict()) == {"weight"} and not list(own.children())
     layer_norm = nn.LayerNorm(C, EPS, bias=False).bfloat16()
-    for other in (layer_norm, norm_of(kind=GemmaRMSNorm), nn.Identity()):
+    rounded_once = norm_of(torch.float32, nn.RMSNorm)  # the same in this dtype, not in others that it may be loaded in
+    for other in (layer_norm, norm_of(kind=GemmaRMSNorm), rounded_once, nn.Identity()):
         assert TokenNorm.of(other, readers) is None
     offset, clip = torch.linspace(-0.4, 0.3, C), torch.tensor([0.7, 0.9])
     assert TokenNorm.of(norm, [linear(offset=offset), linear(offset=offset.clone())]) is not None
@@ -132,6 +136,42 @@ def test_tokens_give_what_activations_give(name: str, symmetric: bool, dtype: to
     assert norm(x).dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("index", "adds"),
+    [([0, C], [[0, 1]]), ([0, -1], [[0, 1]]), ([0, 1], [[C, 1]]), ([0, 1], [[0, 2]]), ([0, 1], [[0, -1]])],
+)
+def test_a_gather_of_other_channels_is_refused(index: list[int], adds: list[list[int]]) -> None:
+    norm = TokenNorm.of(norm_of(), [linear(), linear(40)])
+    assert norm is not None
+    attach_online_(norm, [GatherOp(torch.tensor(index), torch.tensor(adds))])
+    with pytest.raises(ValueError, match="the folder is damaged"):
+        norm.prepare_()
+
+
+def test_readers_that_changed_are_refused() -> None:
+    norm = TokenNorm.of(norm_of(), [linear(), linear(40)])
+    assert norm is not None and norm.readers[1].inputs is not None
+    norm.prepare_()
+    norm.readers[1].inputs.offset = torch.zeros(C)
+    with pytest.raises(ValueError, match="do not quantize alike"):
+        norm.prepare_()
+
+
+@pytest.mark.parametrize("entry", [{"readers": ["other"]}, {"readers": []}, {"eps": "1e-5"}], ids=str)
+def test_a_folder_that_names_others_is_refused(entry: dict[str, Any]) -> None:
+    def model() -> nn.ModuleDict:
+        return nn.ModuleDict({"norm": norm_of(), "linear": nn.Linear(C, 32), "other": nn.Linear(C, 32)})
+
+    own = {"norm": {"eps": EPS, "readers": ["linear"]} | entry}
+    structure = PackedStructure({"linear": IntGrid(4, None)}, ActivationGrid(4), norms=own)
+    with pytest.raises(ValueError, match="norm is no norm of quantized linears"):
+        structure.build_(model(), set())
+    earlier, built = structure.as_dict(), model()
+    del earlier["norms"]  # as blocks of an interrupted run of an earlier version
+    PackedStructure.from_dict(earlier).build_(built, set())
+    assert isinstance(built["norm"], LlamaRMSNorm)
+
+
 @pytest.mark.usefixtures("pretended")
 def test_wrong_arguments_are_named() -> None:
     x, reader = inputs(2), linear()
@@ -177,6 +217,27 @@ def test_a_run_makes_them_and_a_folder_keeps_them(family: str, tmp_path: Path) -
         assert isinstance(one, TokenNorm) and isinstance(other, TokenNorm) and one.eps == other.eps
         assert [names[0][linear] for linear in one.readers] == [names[1][linear] for linear in other.readers]
         assert torch.equal(one.weight, other.weight)
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("name", ["QLLM merging", "Light"])
+def test_what_methods_make_is_the_same_from_tokens(
+    name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate(checkpoint, tmp_path / "out", QUANTIZED_ACTIVATIONS[name], group_size=None, activations=ActivationGrid(4))
+    lm = pq.load(tmp_path / "out")
+    norms = [module for module in lm.modules() if isinstance(module, TokenNorm)]
+    gathers = sum(norm.gather is not None for norm in norms)
+    rotated = sum(norm.online is not None for norm in norms) - gathers
+    assert len(norms) == 6 and bool(gathers) == ("QLLM" in name) and bool(rotated) == ("QLLM" not in name)
+    made: list[str] = []
+    for op in ("norm_tokens", "kronecker_tokens"):
+        own = getattr(token_ops, op)
+        monkeypatch.setattr(token_ops, op, lambda *given, op=op, own=own: made.append(op) or own(*given))
+    found = logits(lm)
+    assert (made.count("norm_tokens"), made.count("kronecker_tokens")) == (6 - rotated, rotated)
+    monkeypatch.setattr(TokenNorm, "hands_tokens_on", lambda self, x: False)
+    assert torch.equal(found, logits(lm)) and len(made) == 6
 
 
 @pytest.mark.usefixtures("pretended")
