@@ -10,6 +10,8 @@ stopped and goes on. It prints a table, then one line of JSON; rows are kept in 
 calibration ids and evaluation windows; `--methods` without names leaves ours out. The two kinds may run in environments
 of their own: rows of one `--out` and one results file come together. Seconds of a peer are those of its quantization.
 
+A method named "... tuned" is what `plquant tune` makes of that method's folder, on the same calibration ids.
+
 `--ids` is a safetensors file with calibration_ids [N, T] and evaluation_ids [W, T]; without it the text that comes with
 Python is used (`--data BuiltinText`).
 """
@@ -24,6 +26,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,6 +63,8 @@ COMPOSED: dict[str, dict[str, str]] = {
         "{class_path: Affine, init_args: {lr: 1e-2, online: kronecker, start: rotation}}, LWC, GPTQRounding",
     },
 }
+TUNED = " tuned"
+TUNING = ["--lr=2e-3", "--trainer.max_epochs=6"]
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
 COLUMNS = {
     "regime": "",
@@ -93,32 +98,42 @@ def recipes(regime: str) -> dict[str, list[str]]:
         rows["QLLM"] = ["--model.method=QLLM", "--model.blocks_per_fit=4"]
     for name, parts in COMPOSED["weights" if weight_only else "activations"].items():
         rows[name] = ["--model.method=Composed", f"--model.method.parts=[{parts}]"]
+    rows[f"Best{TUNED}"] = TUNING
     return rows
+
+
+def folder_of(options: argparse.Namespace, regime: str, method: str) -> Path:
+    """Where a row's model is."""
+    return Path(options.out) / regime.replace(" ", "").lower() / method.replace(" ", "").lower()
+
+
+def make(log: IO[str], regime: str, method: str, data: Sequence[str], options: argparse.Namespace) -> float:
+    """Calibrate a model, or tune one that was; CPU seconds."""
+    folder, recipe, spent = folder_of(options, regime, method), recipes(regime)[method], 0.0
+    quiet = [f"--output_dir={folder}", *data, "--trainer.enable_progress_bar=false"]
+    if method.endswith(TUNED):
+        base = method.removesuffix(TUNED)
+        run(regime, base, options)
+        arguments = ["tune", str(folder_of(options, regime, base)), *recipe, *quiet, f"--seed={options.seed}"]
+        spent = json.loads((folder_of(options, regime, base) / "where.json").read_text())["cpu_seconds"]
+    else:
+        arguments = ["calibrate", f"--model.checkpoint={options.model}", *recipe, *REGIMES[regime], *quiet]
+        arguments += ["--evaluate=false", f"--trainer.max_epochs={options.epochs}", f"--seed_everything={options.seed}"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    plquant(log, *arguments)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent + used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
 
 
 def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row; a run that is finished is only read."""
-    folder = Path(options.out) / regime.replace(" ", "").lower() / method.replace(" ", "").lower()
+    folder = folder_of(options, regime, method)
     folder.parent.mkdir(parents=True, exist_ok=True)
     data = ["--data=TokenIds", f"--data.file={options.ids}"] if options.ids else ["--data=BuiltinText"]
     measured = folder / "perplexity.json"
     with open(folder.with_suffix(".log"), "a") as log:
         if not (folder / "report.json").exists():
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            plquant(
-                log,
-                *[
-                    "calibrate",
-                    f"--model.checkpoint={options.model}",
-                    *recipes(regime)[method],
-                    *REGIMES[regime],
-                    *data,
-                ],
-                *[f"--output_dir={folder}", "--evaluate=false", "--trainer.enable_progress_bar=false"],
-                *[f"--trainer.max_epochs={options.epochs}", f"--seed_everything={options.seed}"],
-            )
-            used = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+            seconds = make(log, regime, method, data, options)
             (folder / "where.json").write_text(json.dumps(where() | {"cpu_seconds": seconds}))
         if not measured.exists():
             plquant(log, "validate", f"--model.checkpoint={folder}", *data, f"--result_file={measured}")
@@ -129,17 +144,26 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
     worst = max(report["blocks"], key=lambda block: block["squared_error"])
     made = json.loads((folder / "where.json").read_text())
     cpu_seconds = made.pop("cpu_seconds", None)  # earlier runs have none
+    row = {
+        "worst block": f"{worst['squared_error']:.2e}",
+        "less a token": f"{worst['squared_error_rest']:.2e}",
+        "peak GiB": round(report["peak_bytes"] / 2**30, 2),
+    }
+    seconds = sum(block["seconds"] for block in report["blocks"])
+    if method.endswith(TUNED):
+        seconds += json.loads((folder / "tuned.json").read_text())["seconds"]
+        row = dict.fromkeys(row, "")  # the report's figures are of before
     return {
         "regime": regime,
         "method": method + (f", seed {options.seed}" if options.seed else ""),
         "perplexity": round(json.loads(measured.read_text())["perplexity"], 3),
         "bits": round(report["cost"]["effective_bits"], 3),
         "MACs": f"+{report['cost']['online_macs'] / report['cost']['macs']:.1%}",
-        "worst block": f"{worst['squared_error']:.2e}",
-        "less a token": f"{worst['squared_error_rest']:.2e}",
-        "s a block": round(sum(block["seconds"] for block in report["blocks"]) / report["num_blocks"], 1),
+        "worst block": row["worst block"],
+        "less a token": row["less a token"],
+        "s a block": round(seconds / report["num_blocks"], 1),
         "CPU s a block": "" if cpu_seconds is None else round(cpu_seconds / report["num_blocks"], 1),
-        "peak GiB": round(report["peak_bytes"] / 2**30, 2),
+        "peak GiB": row["peak GiB"],
         "model": options.model,
         "epochs": options.epochs,
     } | made
