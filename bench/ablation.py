@@ -52,25 +52,34 @@ def optimizer_of(given: str | None) -> OptimizerCallable:
     return partial(SignSGD if name == "SignSGD" else getattr(torch.optim, name), **options)
 
 
-def calibrate(given: str, options: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
+@torch.no_grad()
+def streams(lm: torch.nn.Module, blocks: list[QuantBlock], number: int, ids: torch.Tensor) -> Activations:
+    """What a block is called with and gives for windows, all blocks in full precision."""
+    x = capture_inputs(lm, list(blocks[0].layers.values()), ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        for earlier in blocks[:number]:
+            with earlier.full_precision():
+                earlier.map_(x, at_once(x))
+        target = x.clone()
+        with blocks[number].full_precision():
+            blocks[number].map_(target, at_once(x))
+    return Activations((x, target), 1, 0)
+
+
+def calibrate(given: str, options: argparse.Namespace, ids: torch.Tensor, other: torch.Tensor | None) -> dict[str, Any]:
     """Calibrate the block with these parts, in a model loaded for it."""
     lm = pq.QuantizedLM(options.model, pq.methods.RTN).lm
     activations = None if options.activations is None else ActivationGrid(options.activations)
     blocks = prepare_blocks(lm, IntGrid(options.bits, options.group_size), ids, activations)
-    block, x = blocks[options.block], capture_inputs(lm, list(blocks[0].layers.values()), ids)
+    block, seen = blocks[options.block], streams(lm, blocks, options.block, ids)
+    unseen = None if other is None else streams(lm, blocks, options.block, other)
     L.seed_everything(0, verbose=False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for earlier in blocks[: options.block]:
-            with earlier.full_precision():
-                earlier.map_(x, at_once(x))
-        target = x.clone()
-        with block.full_precision():
-            block.map_(target, at_once(x))
         nearest = BlockModule(block)
-        nearest.activations = Activations((x, target), 1, 0)
+        nearest.activations = seen
         before = nearest.error()
     module = BlockModule(block, make_parts(given, block))
-    module.error_before, module.activations = before, nearest.activations
+    module.error_before, module.activations = before, seen
     module.make_optimizer = optimizer_of(options.optimizer)
     module.optimizer_options()  # refuses what does not go with the parts
     trainer = L.Trainer(
@@ -91,11 +100,14 @@ def calibrate(given: str, options: argparse.Namespace, ids: torch.Tensor) -> dic
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         module.fold()
         after = module.error()
+        module.activations = unseen or seen
+        on_others = None if unseen is None else module.error()
     cost = Cost.of(block)
     return {
         "parts": given,
         "nearest": before,
         "error": after,
+        "on others": on_others,
         "bits": round(cost.effective_bits, 3),
         "MACs": f"+{cost.online_share:.1%}",
         "seconds": round(time.monotonic() - started, 1),
@@ -114,13 +126,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--optimizer", help="as of --model.optimizer; AdamW without decay if not given")
     parser.add_argument("--parts", nargs="+", required=True, help="YAML lists of parts")
+    parser.add_argument("--others", help="safetensors file like --ids: the error is measured on its windows as well")
     options = parser.parse_args()
     ids = load_file(options.ids)["calibration_ids"].long()
+    other = None if options.others is None else load_file(options.others)["calibration_ids"].long()
     rows = []
     for given in options.parts:
-        rows.append(row := calibrate(given, options, ids))
+        rows.append(row := calibrate(given, options, ids, other))
+        on_others = "" if row["on others"] is None else f" (on others {row['on others']:.3e})"
         print(
-            f"{row['nearest']:.3e} -> {row['error']:.3e}  {row['bits']:.3f} bits  MACs {row['MACs']:>6}"
+            f"{row['nearest']:.3e} -> {row['error']:.3e}{on_others}  {row['bits']:.3f} bits  MACs {row['MACs']:>6}"
             f"  {row['seconds']:6.1f} s  {given}",
             flush=True,
         )
