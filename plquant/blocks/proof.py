@@ -212,7 +212,7 @@ class Proof:
         if any(len(made) != len(self._calls[reader]) for reader in readers):
             return False
         pairs = [pair for reader in readers for pair in zip(made, self._calls[reader], strict=True)]
-        if any(len(one.args) != 1 or one.gave is not other.came for one, other in pairs):
+        if any(len(one.args) != 1 or one.kwargs or one.gave is not other.came for one, other in pairs):
             return False
         given = [tokens_like(call.output) for call in made]
         with contextlib.ExitStack() as stack:
