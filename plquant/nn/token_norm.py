@@ -46,6 +46,7 @@ class TokenNorm(nn.Module):
         self.readers = tuple(readers)  # not its children
         self.online: Online | None = None
         self.register_buffer("gather", None, persistent=False)
+        self.eval()  # as the model is that it comes into: dropout, in training, would see tokens
 
     @classmethod
     def of(cls, norm: nn.Module, readers: Sequence[nn.Module]) -> TokenNorm | None:
