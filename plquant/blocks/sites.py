@@ -26,8 +26,8 @@ class Site:
         rows: Output channels of a fused linear that are the C channels of this site: v in qkv, up in gate_up.
         head_dim: The channels are heads of this width, and a matrix for each head of the source was proven; ``None``
             where only scales were.
-        direct: Proven that the consumers are called with the very tensor that the source gives, and nobody else looks at
-            it: it may be anything that they understand.
+        direct: Proven that the consumers are called with the very tensor that the source gives, and that nobody else
+            looks at it: it may be anything that they understand.
         kept: Names of other modules with a weight [E, C] that read the channels but are not quantized, as the router of
             a mixture of experts: they take what consumers take, in full precision.
     """

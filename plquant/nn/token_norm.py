@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,6 @@ from plquant.kernels.tokens import row_bytes, sources
 from plquant.nn.kronecker import applied, factors_of
 from plquant.nn.packed_linear import PackedLinear
 from plquant.transforms.gather_op import GatherOp
-
-if TYPE_CHECKING:
-    from plquant.nn.online import Online
 
 EPSILONS = ("variance_epsilon", "eps")  # what modules call theirs
 PROBES = 64  # rows on which a norm is compared with RMSNorm as it is done here
@@ -44,7 +40,7 @@ class TokenNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = weight, eps
         self.readers = tuple(readers)  # not its children
-        self.online: Online | None = None
+        self.online: nn.Sequential | None = None
         self.register_buffer("gather", None, persistent=False)
         self.eval()  # as the model is that it comes into: dropout, in training, would see tokens
 
