@@ -114,7 +114,13 @@ def quantize_attention_(model: nn.Module, names: Iterable[str], grid: Activation
 
 
 def serve_attention_(model: nn.Module) -> None:
-    """Let attention that is not quantized, where it is sdpa, be ``grouped_attention``'s."""
+    """Let attention that is not quantized, where it is sdpa, be ``grouped_attention``'s on a machine without a GPU.
+
+    It has a name of its own then, which transformers' continuous batching refuses; ``set_attn_implementation("sdpa")``
+    gives the model transformers' own again.
+    """
+    if torch.cuda.is_available():
+        return
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == "sdpa":

@@ -74,6 +74,7 @@ def test_what_is_more_than_that_is_for_transformers(options: dict[str, Any], the
 
 
 def test_a_loaded_model_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = save(packed("llama", torch.float32), tmp_path / "quantized")
     ours, found = [], []
     monkeypatch.setattr(
@@ -87,3 +88,14 @@ def test_a_loaded_model_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             found.append(lm(IDS[:, :1], past_key_values=cache).logits)
         assert len(ours) == (2 if kernels else 0)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_transformers_own_is_left_where_there_is_a_gpu_and_comes_back_by_name(
+    gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    lm = pq.load(save(packed("llama", torch.float32), tmp_path / "quantized"))
+    assert lm.config._attn_implementation == ("sdpa" if gpu else "plquant_sdpa")
+    lm.set_attn_implementation("sdpa")
+    assert lm.config._attn_implementation == "sdpa" and lm(IDS).logits.isfinite().all()
