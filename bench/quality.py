@@ -144,26 +144,21 @@ def run(regime: str, method: str, options: argparse.Namespace) -> dict[str, Any]
     worst = max(report["blocks"], key=lambda block: block["squared_error"])
     made = json.loads((folder / "where.json").read_text())
     cpu_seconds = made.pop("cpu_seconds", None)  # earlier runs have none
-    row = {
-        "worst block": f"{worst['squared_error']:.2e}",
-        "less a token": f"{worst['squared_error_rest']:.2e}",
-        "peak GiB": round(report["peak_bytes"] / 2**30, 2),
-    }
     seconds = sum(block["seconds"] for block in report["blocks"])
-    if method.endswith(TUNED):
+    tuned = method.endswith(TUNED)  # then the report's other figures are of before
+    if tuned:
         seconds += json.loads((folder / "tuned.json").read_text())["seconds"]
-        row = dict.fromkeys(row, "")  # the report's figures are of before
     return {
         "regime": regime,
         "method": method + (f", seed {options.seed}" if options.seed else ""),
         "perplexity": round(json.loads(measured.read_text())["perplexity"], 3),
         "bits": round(report["cost"]["effective_bits"], 3),
         "MACs": f"+{report['cost']['online_macs'] / report['cost']['macs']:.1%}",
-        "worst block": row["worst block"],
-        "less a token": row["less a token"],
+        "worst block": "" if tuned else f"{worst['squared_error']:.2e}",
+        "less a token": "" if tuned else f"{worst['squared_error_rest']:.2e}",
         "s a block": round(seconds / report["num_blocks"], 1),
         "CPU s a block": "" if cpu_seconds is None else round(cpu_seconds / report["num_blocks"], 1),
-        "peak GiB": row["peak GiB"],
+        "peak GiB": "" if tuned else round(report["peak_bytes"] / 2**30, 2),
         "model": options.model,
         "epochs": options.epochs,
     } | made

@@ -173,8 +173,7 @@ def _propose(proof: Proof, sources: Sequence[str], rows: slice) -> list[Site]:
             kept = tuple(name for name in readers if name in proof.kept)
             kind: Literal["norm", "linear"] = "norm" if proof.is_norm(source) else "linear"
             nan = float("nan")
-            direct = proof.hands_on(source, consumers)
-            proposed.append(Site(source, consumers, channel.cpu(), kind, False, nan, offset, rows, None, direct, kept))
+            proposed.append(Site(source, consumers, channel.cpu(), kind, False, nan, offset, rows, kept=kept))
     return proposed
 
 
@@ -183,7 +182,16 @@ def _accept(proof: Proof, proposed: Sequence[Site], error: float, tolerance: flo
     names = [name for site in proposed for name in (site.source, *site.readers)]
     shift = proof.has_biases(*names) and proof.error(*proposed, with_shift=True) < tolerance
     head_dim = _head_dim(proof, proposed, tolerance) if proposed[0].kind == "linear" else None
-    return [replace(site, admits_shift=shift, error=error, head_dim=head_dim) for site in proposed]
+    return [
+        replace(
+            site,
+            admits_shift=shift,
+            error=error,
+            head_dim=head_dim,
+            direct=proof.hands_on(site.source, site.consumers),
+        )
+        for site in proposed
+    ]
 
 
 def _head_dim(proof: Proof, sites: Sequence[Site], tolerance: float) -> int | None:

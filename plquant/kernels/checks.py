@@ -41,6 +41,12 @@ def check_factors(x: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) ->
         expect(False, "x", f"of shape [..., {len(left) * len(right)}]", list(x.shape))
 
 
+def check_kronecker(x: Tensor, left: Tensor, right: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """What a Kronecker product multiplies, all of one of these dtypes."""
+    expect(x.dtype in dtypes, "x", " or ".join(map(str, dtypes)), x.dtype)
+    check_factors(x, left, right, x.dtype)
+
+
 def check_integer_weight(
     x: Tensor,
     codes: Tensor,

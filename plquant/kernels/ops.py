@@ -13,7 +13,7 @@ All take activations [..., K] of fp32, bf16 or fp16, and a weight in one of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plquant.kernels import cpu, layout, native, reference
-from plquant.kernels.checks import DTYPES, HALVES, check_factors, check_integer_weight, check_tensor, expect
+from plquant.kernels.checks import (
+    DTYPES,
+    HALVES,
+    check_factors,
+    check_integer_weight,
+    check_kronecker,
+    check_tensor,
+    expect,
+)
 from plquant.kernels.cpu_layout import TILE, UNIT, Shape, Weight
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias"
@@ -31,18 +39,18 @@ INTEGERS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor sums, Tensor?
 SHAPE = "int out_features, int in_features, int bits, int group_size, bool along_out"
 _INPUTS = "int x_bits, bool x_symmetric, Tensor? x_offset, Tensor? x_clip=None"
 
-_library = torch.library.Library("plquant", "DEF")
-_library.define(f"linear(Tensor x, {_WEIGHT}, {SHAPE}) -> Tensor")
-_library.define(f"few_rows(Tensor x, {_WEIGHT}, {SHAPE}) -> Tensor")
-_library.define(f"quantized_linear(Tensor x, {_WEIGHT}, {SHAPE}, {_INPUTS}) -> Tensor")
-_library.define(f"few_quantized_rows(Tensor x, {_WEIGHT}, {SHAPE}, {_INPUTS}) -> Tensor")
-_library.define(f"fragment_linear(Tensor x, {_FRAGMENTS}, {SHAPE}, float gain) -> Tensor")
-_library.define(f"fragment_quantized_linear(Tensor x, {_FRAGMENTS}, {SHAPE}, float gain, {_INPUTS}) -> Tensor")
+LIBRARY = torch.library.Library("plquant", "DEF")
+LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, {SHAPE}) -> Tensor")
+LIBRARY.define(f"few_rows(Tensor x, {_WEIGHT}, {SHAPE}) -> Tensor")
+LIBRARY.define(f"quantized_linear(Tensor x, {_WEIGHT}, {SHAPE}, {_INPUTS}) -> Tensor")
+LIBRARY.define(f"few_quantized_rows(Tensor x, {_WEIGHT}, {SHAPE}, {_INPUTS}) -> Tensor")
+LIBRARY.define(f"fragment_linear(Tensor x, {_FRAGMENTS}, {SHAPE}, float gain) -> Tensor")
+LIBRARY.define(f"fragment_quantized_linear(Tensor x, {_FRAGMENTS}, {SHAPE}, float gain, {_INPUTS}) -> Tensor")
 _FACTORS = "Tensor? left=None, Tensor? right=None, float factor=1.0"
-_library.define(f"integer_linear(Tensor x, {INTEGERS}, {SHAPE}, ScalarType dtype, {_INPUTS}, {_FACTORS}) -> Tensor")
-_library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.define(f"integer_linear(Tensor x, {INTEGERS}, {SHAPE}, ScalarType dtype, {_INPUTS}, {_FACTORS}) -> Tensor")
+LIBRARY.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 for _name in ("kronecker", "cpu_kronecker"):
-    _library.define(f"{_name}(Tensor x, Tensor left, Tensor right, float factor=1.0) -> Tensor")
+    LIBRARY.define(f"{_name}(Tensor x, Tensor left, Tensor right, float factor=1.0) -> Tensor")
 
 
 @cache
@@ -224,13 +232,8 @@ def _check_integers(
     return shape
 
 
-def _check_kronecker(x: Tensor, left: Tensor, right: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    expect(x.dtype in dtypes, "x", " or ".join(map(str, dtypes)), x.dtype)
-    check_factors(x, left, right, x.dtype)
-
-
 def _kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _check_kronecker(x, left, right, HALVES)
+    check_kronecker(x, left, right, HALVES)
     if x.numel() == 0:
         return torch.empty_like(x)
     from plquant.kernels import kronecker  # needs triton
@@ -239,18 +242,18 @@ def _kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> T
 
 
 def _cpu_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _check_kronecker(x, left, right, (torch.bfloat16,))
+    check_kronecker(x, left, right, (torch.bfloat16,))
     product = native.kronecker if x.numel() and _has_kernels(x.device) else reference.kronecker
     return product(x.reshape(-1, x.shape[-1]).contiguous(), left, right, factor).view(x.shape)
 
 
 def _fake_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _check_kronecker(x, left, right, HALVES)
+    check_kronecker(x, left, right, HALVES)
     return x.new_empty(x.shape)
 
 
 def _fake_cpu_kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    _check_kronecker(x, left, right, (torch.bfloat16,))
+    check_kronecker(x, left, right, (torch.bfloat16,))
     return x.new_empty(x.shape)
 
 
@@ -276,20 +279,22 @@ def _fake_integer_linear(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], _check_integers(x, *arguments).out_features)
 
 
-for _name, _implementation, _shapes in (
-    ("linear", _linear, _fake),
-    ("few_rows", _linear, _fake),
-    ("quantized_linear", _quantized_linear, _fake),
-    ("few_quantized_rows", _quantized_linear, _fake),
-    ("fragment_linear", _fragment_linear, _fake_fragment_linear),
-    ("fragment_quantized_linear", _fragment_linear, _fake_fragment_linear),
-    ("integer_linear", _integer_linear, _fake_integer_linear),
-    ("kronecker", _kronecker, _fake_kronecker),
-    ("cpu_kronecker", _cpu_kronecker, _fake_cpu_kronecker),
-    ("dense_linear", _dense_linear, _fake_dense_linear),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"plquant::{_name}", _shapes, lib=_library)
+def implement(name: str, implementation: Callable[..., Tensor], shapes: Callable[..., Tensor]) -> None:
+    """Give an op of the library what it does, and what tells the compiler the shape of the result."""
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"plquant::{name}", shapes, lib=LIBRARY)
+
+
+implement("linear", _linear, _fake)
+implement("few_rows", _linear, _fake)
+implement("quantized_linear", _quantized_linear, _fake)
+implement("few_quantized_rows", _quantized_linear, _fake)
+implement("fragment_linear", _fragment_linear, _fake_fragment_linear)
+implement("fragment_quantized_linear", _fragment_linear, _fake_fragment_linear)
+implement("integer_linear", _integer_linear, _fake_integer_linear)
+implement("kronecker", _kronecker, _fake_kronecker)
+implement("cpu_kronecker", _cpu_kronecker, _fake_cpu_kronecker)
+implement("dense_linear", _dense_linear, _fake_dense_linear)
 
 linear = torch.ops.plquant.linear
 few_rows = torch.ops.plquant.few_rows

@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plquant.kernels.checks import HALVES, check_factors, check_integer_weight, check_tensor, expect
+from plquant.kernels.checks import HALVES, check_integer_weight, check_kronecker, check_tensor, expect
 from plquant.kernels.cpu_layout import Shape
-from plquant.kernels.ops import INTEGERS, SHAPE
+from plquant.kernels.ops import INTEGERS, LIBRARY, SHAPE, implement
 from plquant.kernels.tokens import QuantizedTokens, row_bytes
 
 _QUANTIZE = "int bits, bool symmetric, Tensor? offset"
 
-_library = torch.library.Library("plquant", "FRAGMENT")
-_library.define(f"norm_tokens(Tensor x, Tensor gain, float eps, Tensor? gather, {_QUANTIZE}) -> Tensor")
-_library.define(f"kronecker_tokens(Tensor x, Tensor left, Tensor right, float factor, {_QUANTIZE}) -> Tensor")
-_library.define(f"token_linear(Tensor tokens, {INTEGERS}, {SHAPE}, ScalarType dtype, bool symmetric) -> Tensor")
+LIBRARY.define(f"norm_tokens(Tensor x, Tensor gain, float eps, Tensor? gather, {_QUANTIZE}) -> Tensor")
+LIBRARY.define(f"kronecker_tokens(Tensor x, Tensor left, Tensor right, float factor, {_QUANTIZE}) -> Tensor")
+LIBRARY.define(f"token_linear(Tensor tokens, {INTEGERS}, {SHAPE}, ScalarType dtype, bool symmetric) -> Tensor")
 
 
 def _check_norm(x: Tensor, gain: Tensor, gather: Tensor | None, *quantize: Any) -> int:
@@ -49,46 +48,38 @@ def _check_quantize(x: Tensor, width: int, bits: int, symmetric: bool, offset: T
 
 
 def _norm_tokens(x: Tensor, gain: Tensor, eps: float, gather: Tensor | None, *quantize: Any) -> Tensor:
-    from plquant.kernels.token_quantize import Norm, quantize_tokens  # needs triton
-
     width = _check_norm(x, gain, gather, *quantize)
     if x.numel() == 0:
         return _room(x, width)
+    from plquant.kernels.token_quantize import Norm, quantize_tokens  # needs triton
+
     rows = quantize_tokens(x.reshape(-1, len(gain)), *quantize, norm=Norm(gain, eps), gather=gather).rows
     return rows.view(*x.shape[:-1], -1)
 
 
 def _kronecker_tokens(x: Tensor, left: Tensor, right: Tensor, factor: float, *quantize: Any) -> Tensor:
-    from plquant.kernels.kronecker import quantize as quantized  # needs triton
-
-    _check_kronecker(x, left, right, *quantize)
+    _check_rotated(x, left, right, *quantize)
     if x.numel() == 0:
         return _room(x, x.shape[-1])
+    from plquant.kernels.kronecker import quantize as quantized  # needs triton
+
     bits, symmetric, offset = quantize
     rows = quantized(x.reshape(-1, x.shape[-1]), left, right, bits, symmetric, offset, factor).rows
     return rows.view(*x.shape[:-1], -1)
 
 
-def _check_kronecker(x: Tensor, left: Tensor, right: Tensor, *quantize: Any) -> None:
-    expect(x.dtype in HALVES, "x", "bfloat16 or float16", x.dtype)
-    check_factors(x, left, right, x.dtype)
+def _check_rotated(x: Tensor, left: Tensor, right: Tensor, *quantize: Any) -> None:
+    check_kronecker(x, left, right, HALVES)
     _check_quantize(x, x.shape[-1], *quantize)
 
 
-def _token_linear(
-    tokens: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    sums: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    shape, dtype, symmetric = _check_tokens(tokens, codes, scale, zero_point, sums, bias, *rest)
+def _token_linear(tokens: Tensor, *arguments: Any) -> Tensor:
+    shape, dtype, symmetric = _check_tokens(tokens, *arguments)
     if tokens.numel() == 0:
-        return _fake_token_linear(tokens, codes, scale, zero_point, sums, bias, *rest)
+        return _fake_token_linear(tokens, *arguments)
     from plquant.kernels import int_gemm  # needs triton
 
+    codes, scale, zero_point, sums, bias = arguments[:5]
     weight = int_gemm.int_weight(codes, scale, zero_point, sums, shape.bits, shape.in_features)
     rows = tokens.reshape(-1, tokens.shape[-1]).contiguous()
     out = int_gemm.linear(QuantizedTokens(rows, shape.in_features, symmetric), weight, dtype)
@@ -123,7 +114,7 @@ def _fake_norm_tokens(x: Tensor, gain: Tensor, eps: float, gather: Tensor | None
 
 
 def _fake_kronecker_tokens(x: Tensor, left: Tensor, right: Tensor, factor: float, *quantize: Any) -> Tensor:
-    _check_kronecker(x, left, right, *quantize)
+    _check_rotated(x, left, right, *quantize)
     return _room(x, x.shape[-1])
 
 
@@ -132,13 +123,9 @@ def _fake_token_linear(tokens: Tensor, *arguments: Any) -> Tensor:
     return tokens.new_empty(*tokens.shape[:-1], shape.out_features, dtype=dtype)
 
 
-for _name, _implementation, _shapes in (
-    ("norm_tokens", _norm_tokens, _fake_norm_tokens),
-    ("kronecker_tokens", _kronecker_tokens, _fake_kronecker_tokens),
-    ("token_linear", _token_linear, _fake_token_linear),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"plquant::{_name}", _shapes, lib=_library)
+implement("norm_tokens", _norm_tokens, _fake_norm_tokens)
+implement("kronecker_tokens", _kronecker_tokens, _fake_kronecker_tokens)
+implement("token_linear", _token_linear, _fake_token_linear)
 
 norm_tokens = torch.ops.plquant.norm_tokens
 kronecker_tokens = torch.ops.plquant.kronecker_tokens
