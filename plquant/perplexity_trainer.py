@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
+from plquant.bfloat16 import quick_products
 from plquant.data.base import TextData, share_of
 from plquant.distributed import say
 from plquant.files import write_json
@@ -18,6 +19,7 @@ from plquant.tasks import lines, load_tasks, measure
 class PerplexityTrainer(L.Trainer):
     """A Lightning Trainer that measures language models."""
 
+    @quick_products()
     def validate(  # type: ignore[override]
         self,
         model: QuantizedLM,

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from plquant.bfloat16 import quick_products
 from plquant.data.base import TextData, ids_sha256
 from plquant.files import sha256, write_json
 from plquant.formats.checkpoint import INDEX, index_of, save_tensors, tensor_names
@@ -148,6 +149,7 @@ class ScaleTuning(L.LightningModule):
         return {f"{name}.weight_scale": linear.weight_scale for name, linear in self.linears.items()}
 
 
+@quick_products()
 def tune(
     folder: str | Path,
     data: TextData,

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "plquant"
 BELOW = {
     "files": [],
     "evaluating": [],
+    "bfloat16": [],
     "finite": ["evaluating"],
     "native": [],
     "quant": ["native"],
@@ -45,13 +46,14 @@ BELOW = {
         *["architectures", "quant", "formats", "blocks", "block_module"],
         *["perplexity", "sources", "run_folder", "packed_model"],
     ],
-    "perplexity_trainer": ["data", "distributed", "files", "model", "perplexity", "quiet", "tasks"],
+    "perplexity_trainer": ["bfloat16", "data", "distributed", "files", "model", "perplexity", "quiet", "tasks"],
     "trainer": [
         *[
             "",
             "quant",
             "nn",
             "blocks",
+            "bfloat16",
             "block_module",
             "block_checkpoint",
             "data",
