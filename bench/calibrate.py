@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.rows import append, commit
 from plquant import BlockwiseTrainer, IntGrid
-from plquant.block_module import BlockModule, RunProgress, token_error
+from plquant.block_module import BlockModule, RunProgress
 from plquant.blocks.activations import Activations
 from plquant.blocks.capture import capture_inputs
+from plquant.blocks.errors import token_error
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
 from plquant.methods import OmniQuant

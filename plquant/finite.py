@@ -8,9 +8,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from plquant.bfloat16 import quick_products
 from plquant.evaluating import evaluating
 
 
+@quick_products()
 @torch.no_grad()
 def require_finite(
     lm: nn.Module, ids: Tensor, layers: Mapping[str, nn.Module], seen: Callable[[str, Tensor], None]

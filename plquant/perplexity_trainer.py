@@ -19,7 +19,6 @@ from plquant.tasks import lines, load_tasks, measure
 class PerplexityTrainer(L.Trainer):
     """A Lightning Trainer that measures language models."""
 
-    @quick_products()
     def validate(  # type: ignore[override]
         self,
         model: QuantizedLM,
@@ -64,6 +63,7 @@ class PerplexityTrainer(L.Trainer):
             say(line)
         return result
 
+    @quick_products()
     def _perplexity(self, model: QuantizedLM, datamodule: TextData, folder: Path | None = None) -> PerplexityResult:
         windows = share_of(datamodule.evaluation_text(model).windows, self.global_rank, self.world_size)
         context = self.strategy.precision_plugin.forward_context

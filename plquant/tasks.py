@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from plquant.bfloat16 import quick_products
 from plquant.model import QuantizedLM
 
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # ending -> builder of datasets
@@ -74,6 +75,7 @@ def load_tasks(
     return tasks, sources
 
 
+@quick_products()
 @torch.no_grad()
 def measure(
     model: QuantizedLM,

@@ -21,11 +21,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
-from plquant.bfloat16 import quick_products
 from plquant.block_checkpoint import SealedCheckpoints, keeping_steps
-from plquant.block_module import BlockModule, RunProgress, block_error, stream_errors
+from plquant.block_module import BlockModule, RunProgress
 from plquant.blocks.activations import Activations, at_once
 from plquant.blocks.capture import capture_inputs
+from plquant.blocks.errors import block_error, stream_errors
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.quant_block import QuantBlock
 from plquant.blocks.stream_files import copy_of, pieces
@@ -136,7 +136,6 @@ class BlockwiseTrainer(PerplexityTrainer):
         return launch(self, lambda: self._calibrate(model, datamodule, grid, folder, done, evaluate))
 
     @only_new()
-    @quick_products()
     def _calibrate(
         self, model: QuantizedLM, datamodule: TextData, grid: IntGrid, folder: RunFolder, done: int, evaluate: bool
     ) -> Report:
@@ -206,7 +205,6 @@ class BlockwiseTrainer(PerplexityTrainer):
             report.print()
         return report
 
-    @quick_products()
     def plan(self, model: QuantizedLM, datamodule: TextData) -> Plan:
         """Say what a run of these options will take and give; loads no weights, writes nothing.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plquant.architectures.moe import Experts, alike, routers
+from plquant.bfloat16 import quick_products
 from plquant.blocks.nested import map_tensors
 from plquant.blocks.sites import Attention, QuerySite, Site
 from plquant.blocks.stream_files import pieces
@@ -115,6 +116,7 @@ class QuantBlock(nn.Module):
         """Where it is."""
         return next(self.layers.parameters()).device
 
+    @quick_products()
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, H] -> [B, T, H]."""
         if self._calls_there is None or self._calls_there[0] != x.device:

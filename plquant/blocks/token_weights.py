@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from plquant.bfloat16 import quick_products
 from plquant.blocks.quant_block import QuantBlock
 from plquant.quant.observers import Hessian
 
@@ -46,7 +47,8 @@ def token_weights(
         y, outputs = _run(block, x, names)
         norm = target.to(y.device).float().norm(dim=-1, keepdim=True)
         probe = torch.where(norm > SMALLEST, signs.to(y.device) / norm, 0).to(y.dtype)
-        gradients = torch.autograd.grad(y, list(outputs.values()), probe, materialize_grads=True)
+        with quick_products():
+            gradients = torch.autograd.grad(y, list(outputs.values()), probe, materialize_grads=True)
         for name, gradient in zip(outputs, gradients, strict=True):
             found[name].append(gradient.float().square().sum(-1).flatten())
     return {name: torch.cat(weights) for name, weights in found.items() if weights}

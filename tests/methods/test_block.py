@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from plquant.architectures.moe import unfuse_experts_
-from plquant.block_module import BlockModule, token_error
+from plquant.block_module import BlockModule
 from plquant.blocks.activations import Activations
 from plquant.blocks.capture import capture_inputs
+from plquant.blocks.errors import token_error
 from plquant.blocks.prepare import prepare_blocks
 from plquant.blocks.proof import _AllDouble
 from plquant.blocks.quant_block import QuantBlock

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from plquant.block_module import token_error
+from plquant.blocks.errors import token_error
 from plquant.methods import Composed
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.packed_linear import PackedLinear

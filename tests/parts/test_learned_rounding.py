@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from plquant.block_module import BlockModule, token_error
+from plquant.block_module import BlockModule
+from plquant.blocks.errors import token_error
 from plquant.blocks.quant_block import QuantBlock
 from plquant.methods import GPTQ, Composed
 from plquant.parts.axis import AxisChoice
