@@ -10,6 +10,7 @@ import torch
 from plquant.block_module import BlockModule
 from plquant.formats.checkpoint import effective_bits, predicted_bytes
 from plquant.quant.grid import ActivationGrid, IntGrid
+from plquant.report import duration
 from plquant.trial import Trial
 
 # Of vLLM's Marlin kernel for compressed-tensors' pack-quantized linears, read in its source
@@ -120,8 +121,8 @@ class Plan:
             f"run-time MACs +{self.online_share:.1%}",
             f"{size} of tensors will be written, {self.disk_bytes / 2**30:.2f} GiB of disk are needed at the most",
             f"about {self.peak_bytes / 2**30:.2f} GiB of memory at the most{on_gpu if self.gpu_bytes else ''}{each}",
-            f"about {self.seconds / 60:.1f} minutes of calibration on this machine, by a block that was timed; reading "
-            "and evaluation come on top",
+            f"about {duration(self.seconds)} of calibration on this machine, by a block that was timed; reading and "
+            "evaluation come on top",
             f"the result opens in {self.runs_in}",
         ]
 

@@ -196,7 +196,7 @@ class Report:
             lines.append(line)
         lines.append(
             f"{self.title}: {self.bytes_after / 2**20:.1f} MiB on disk ({self.bytes_before / 2**20:.1f} before), "
-            f"{self.seconds / 60:.1f} minutes, peak memory {peak_memory()}"
+            f"{duration(self.seconds)}, peak memory {peak_memory()}"
         )
         return lines
 
@@ -300,6 +300,11 @@ def peak_bytes() -> int:
 def gpu_bytes() -> int:
     """Greatest allocation on this process's GPU; 0 without one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def duration(seconds: float) -> str:
+    """For people: minutes, or hours from two on."""
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def peak_memory() -> str:

@@ -205,7 +205,9 @@ class BlockwiseTrainer(PerplexityTrainer):
             report.print()
         return report
 
-    def plan(self, model: QuantizedLM, datamodule: TextData) -> Plan:
+    def plan(
+        self, model: QuantizedLM, datamodule: TextData, output_dir: str | None = None, evaluate: bool = True
+    ) -> Plan:
         """Say what a run of these options will take and give; loads no weights, writes nothing.
 
         Time and memory are those of one block of random weights, calibrated on a few samples.
@@ -213,7 +215,11 @@ class BlockwiseTrainer(PerplexityTrainer):
         Args:
             model: The model to quantize.
             datamodule: The calibration text.
+            output_dir: Folder that the run would write: what it would refuse to start in, or for, is refused here.
+            evaluate: Of `calibrate`, whose options and files these are; evaluation is no part of the time.
         """
+        if output_dir is not None:
+            self._check(model, datamodule, output_dir)
         shapes, parameters = model.linear_shapes()
         grid = model.weights.resolve(shapes)
         method = self._probe(model, grid)

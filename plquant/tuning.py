@@ -27,6 +27,7 @@ from plquant.model import QuantizedLM
 from plquant.nn.packed_linear import PackedLinear
 from plquant.nn.tuned_linear import TunedLinear
 from plquant.packed_model import load
+from plquant.report import duration
 from plquant.run_folder import DATA_SHA256
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ def said(done: Tuned) -> str:
     what = "distance from the original's predictions" if done.loss == "kl" else "loss"
     return (
         f"Scales tuned for {len(done.losses)} epochs on {done.windows[0]} windows: {what} {done.before:.4f} -> "
-        f"{done.after:.4f} nats a token on {done.windows[1]} held-out windows, {done.seconds / 60:.1f} minutes."
+        f"{done.after:.4f} nats a token on {done.windows[1]} held-out windows, {duration(done.seconds)}."
     )
 
 

@@ -65,6 +65,19 @@ def test_values_of_the_file_are_used(path: Path, checkpoint: Path, monkeypatch: 
     assert seen["output_dir"] == config["output_dir"]
 
 
+def test_a_run_is_planned_from_its_file(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = Path(__file__).parent.parent / "configs" / "light_w4a4.yaml", tmp_path / "out"
+    options = ["--model.checkpoint", str(checkpoint), "--data", "BuiltinText", "--data.num_samples", "4"]
+    options += ["--data.seq_len", "32", "--trainer.accelerator", "cpu", "--output_dir", str(folder)]
+    main(["plan", "-c", str(path), *options])
+    assert f"-> {folder}" in (said := capsys.readouterr().out) and "minutes of calibration" in said
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine.txt").touch()
+    with pytest.raises(SystemExit, match="holds other files"):
+        main(["plan", "-c", str(path), *options])
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_runs(path: Path, stand_in: Callable[[str], Path], tmp_path: Path) -> None:
     """One step for each block of a tiny model, with groups that its widths are multiples of."""
@@ -96,6 +109,8 @@ def test_there_is_a_config_for_each_published_setting() -> None:
     assert {f"affinequant_{name}" for name in (*others, *(f"opt_{name}" for name in opt))} <= names
     assert {f"qllm_llama2_{width}" for width in ("w4a4", "w4a8", "w6a6")} <= names
     assert {f"adadim_{rounding}_w{bits}a16g128" for rounding in ("rtn", "gptq") for bits in (3, 4)} <= names
+    regimes = ("w4a16g64", "w3a16g64", "w2a16g64", "w4a4", "w6a6")
+    assert {f"{preset}_{regime}" for preset in ("best", "light") for regime in regimes} <= names
 
 
 def test_the_model_a_config_names_has_widths_that_its_group_size_divides() -> None:

@@ -31,7 +31,7 @@ BELOW = {
     "recipe": ["", "quant", "data", "parts", "block_module", "model"],
     "data": ["evaluating"],
     "callbacks": ["block_module"],
-    "plan": ["quant", "formats", "block_module", "trial"],
+    "plan": ["quant", "formats", "block_module", "report", "trial"],
     "trial": ["quant", "nn", "blocks", "parts", "report"],
     "perplexity": [],
     "tasks": ["bfloat16", "model"],

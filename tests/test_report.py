@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import plquant as pq
-from plquant.report import COLUMNS
+from plquant.report import COLUMNS, duration
 
 
 def test_every_row_says_what_it_costs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,3 +40,7 @@ def test_the_memory_of_a_process_is_not_that_of_the_one_that_started_it() -> Non
         text=True,
     )
     assert 0 < int(found.stdout) < len(held)
+
+
+def test_long_times_are_hours() -> None:
+    assert [duration(s) for s in (90, 7199, 7200)] == ["1.5 minutes", "120.0 minutes", "2.0 hours"]
