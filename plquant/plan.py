@@ -15,7 +15,7 @@ from plquant.trial import Trial
 
 # Of vLLM's Marlin kernel for compressed-tensors' pack-quantized linears, read in its source
 VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
-LATER = 100 * 2**20  # bytes of libraries that a run loads after its blocks, measured on Linux
+LATER = 70 * 2**20  # bytes of libraries that a run loads after its blocks: 20 to 100 on two Linux machines
 
 
 @dataclass(frozen=True)
