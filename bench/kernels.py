@@ -1,4 +1,4 @@
-"""What a packed product costs on this machine's CPU, beside torch's bf16 product and its own low-bit ops.
+"""What a packed product costs on this machine's CPU, beside torch's bf16 and fp32 products and its own low-bit ops.
 
     python bench/kernels.py --shape 4096 4096 --rows 1 512 --csv bench/results/kernels_cpu.csv
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plquant.kernels import ops
+from plquant.kernels import native, ops
 from plquant.kernels.cpu_layout import Shape, lay_out
 
 Way = Callable[[Tensor], Tensor]
@@ -55,10 +55,12 @@ def ours(n: int, k: int, bits: int, along_out: bool, x_bits: int | None, megabyt
 
 
 def dense(n: int, k: int, megabytes: int) -> dict[str, tuple[Way, int]]:
-    """The bf16 product, and reading its weight."""
+    """The bf16 product, reading its weight, and the fp32 product of the same activations."""
     weights = itertools.cycle(copies(torch.randn(n, k).bfloat16(), megabytes))
+    wide = itertools.cycle(copies(torch.randn(n, k), megabytes))
     return {
         "bf16": (lambda x: F.linear(x, next(weights)), 2 * n * k),
+        "fp32": (lambda x: F.linear(x.float(), next(wide)), 4 * n * k),
         "read": (lambda x: next(weights).view(torch.int64).sum(), 2 * n * k),
     }
 
@@ -115,6 +117,7 @@ def main() -> None:
     cpu = next(
         (s.split(":")[1].strip() for s in open("/proc/cpuinfo") if s.startswith("model name")), platform.machine()
     )
+    cpu += f" {native.vectors()}"
     rows = []
     with torch.inference_mode():
         ways = dense(n, k, options.megabytes)

@@ -103,7 +103,7 @@ torch.save(lm(torch.arange(3, 67)[None]).logits.detach(), sys.argv[1])
 """
     logits = finished[0].parent / "logits.pt"
     subprocess.run([sys.executable, "-c", code, str(logits)], check=True, cwd=finished[0].parent)
-    lm = pq.load(finished[0])
+    lm = pq.load(finished[0], kernels=native.vectors() != "AVX2")  # whose kernels round no weight to bf16
     with torch.no_grad():
         assert torch.equal(torch.load(logits), lm(IDS).logits)
     assert lm.lm_head.weight.data_ptr() == lm.model.embed_tokens.weight.data_ptr()

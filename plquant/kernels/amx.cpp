@@ -43,7 +43,7 @@ static inline void numbers(const Weight& w, const __m512i* codes, int64_t at, __
     __m512i q = code<B, I>(codes), low = _mm512_set1_epi32((1 << B) - 1), pair = _mm512_setzero_si512();
     for (int p = 0; p < 2; p++) {
       if (w.along_out) {
-        scale = _mm512_set1_ps(_mm512_cvtss_f32(load16(w.scale, at + 2 * I + p, w.scale_dtype, 1)));
+        scale = load1(w.scale, at + 2 * I + p, w.scale_dtype);
         zero = _mm512_set1_ps(w.zero_point ? w.zero_point[at + 2 * I + p] : 1 << (B - 1));
       }
       __m512 v = _mm512_cvtepi32_ps(_mm512_and_si512(p ? _mm512_srli_epi32(q, 16) : q, low));

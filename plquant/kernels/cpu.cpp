@@ -1,8 +1,9 @@
-// Products with weights of 2 to 8 bits on a CPU with AVX512-BF16; cpu_layout.py says how the codes lie.
+// Products with weights of 2 to 8 bits on a CPU with AVX512-BF16 or AVX2; cpu_layout.py says how the codes lie.
 //
 // A code is an integer below 257, which bf16 holds exactly, and so does fp32 the product with a bf16 activation. fp16
-// and fp32 activations are split into 2 and 3 bf16 numbers whose sum they are, so that nothing but the order of fp32
-// additions depends on the dtype. Scale and zero-point are applied to the sums of a group:
+// and fp32 activations are split into 2 and 3 bf16 numbers whose sum they are (AVX2 multiplies in fp32, which holds them),
+// so that nothing but the order of fp32 additions depends on the dtype. Scale and zero-point are applied to the sums of a
+// group:
 //
 //     y[n] = sum_g scale[g, n] (sum_k x[k] code[n, k] - zero_point[g, n] sum_k x[k])         groups along the input
 //     y[n] = sum_k (x[k] scale[g(n), k]) code[n, k] - sum_k (x[k] scale[g(n), k]) zero_point[g(n), k]       the output
@@ -11,21 +12,9 @@
 
 #include "cpu.h"
 
-// What a code of 6 or 7 bits is multiplied as, less the code: see Step.
-static inline __m512 raised(const Weight& w, __m512 zero_point) {
-  return w.bits == 6 || w.bits == 7 ? _mm512_add_ps(zero_point, _mm512_set1_ps(128)) : zero_point;
-}
-
-template <int B>
-static __m512i make_table() {
-  alignas(64) uint16_t table[32];
-  for (int i = 0; i < 32; i++) {
-    float value = (float)(i & ((1 << std::min(B, 5)) - 1));
-    uint32_t word;
-    __builtin_memcpy(&word, &value, 4);
-    table[i] = word >> 16;
-  }
-  return _mm512_load_si512(table);
+// The zero-point of what codes are multiplied as.
+static inline Floats raised(const Weight& w, Floats zero_point) {
+  return raised(w.bits) ? zero_point + fill(raised(w.bits)) : zero_point;
 }
 
 // ---- few rows --------------------------------------------------------------------------------------------------------
@@ -34,7 +23,7 @@ static __m512i make_table() {
 // set for each group of outputs.
 struct Rows {
   int64_t count, sets, groups;
-  std::vector<int32_t> values;
+  std::vector<Pair> values;
   std::vector<float> sums;
 };
 
@@ -45,51 +34,35 @@ static void split(const Weight& w, const Shape& s, const void* x, int dtype, int
   for (int64_t set = 0; set < rows.sets; set++)
     for (int64_t i = 0; i < m; i++)
       for (int64_t g = 0; g < pieces; g++) {
-        __m512 sums[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        Floats sums[3] = {fill(0), fill(0), fill(0)};
         for (int64_t k = 0; k < size; k += 16) {
-          __mmask16 mask = lanes(size - k);
-          __m512 v = load16(x, i * w.in_features + g * size + k, dtype, mask);
-          __m512 z = _mm512_set1_ps(1);
+          Floats v = load16(x, i * w.in_features + g * size + k, dtype, lanes(size - k)), z = fill(1);
           if (w.along_out) {
-            v = _mm512_mul_ps(v, load16(w.scale, set * s.padded_k + k, w.scale_dtype));
+            v = v * load16(w.scale, set * s.padded_k + k, w.scale_dtype);
             z = raised(w, zero_points(w, set * s.padded_k + k));
           }
           for (int p = 0; p < parts; p++) {
-            __m256i half = to_bf16(v);
-            alignas(32) int32_t pairs[8];
-            _mm256_store_si256((__m256i*)pairs, half);
-            int32_t* to = rows.values.data() + (set * s.padded_k + g * padded + k) / 2 * rows.count;
+            Pair pairs[8], *to = rows.values.data() + (set * s.padded_k + g * padded + k) / 2 * rows.count;
+            Floats part = to_pairs(v, pairs);
             for (int64_t j = 0; j < 8; j++) to[j * rows.count + i * parts + p] = pairs[j];
-            __m512 rounded = load16(&half, 0, BF16);
-            sums[p] = _mm512_fmadd_ps(rounded, z, sums[p]);
-            v = _mm512_sub_ps(v, rounded);
+            sums[p] = fma(part, z, sums[p]);
+            v = v - part;
           }
         }
         for (int p = 0; p < parts; p++)
-          rows.sums[(set * rows.count + i * parts + p) * pieces + g] = _mm512_reduce_add_ps(sums[p]);
+          rows.sums[(set * rows.count + i * parts + p) * pieces + g] = sum(sums[p]);
       }
 }
 
 template <int B, int R, int E>
 struct Step {
-  __m512i table;
+  Decoder<B> decoder;
   template <int I>
-  ALWAYS_INLINE void one(const __m512i* z, const int32_t* x, __m512 (&acc)[R][E]) const {
+  ALWAYS_INLINE void one(const Words* z, const Pair* x, Floats (&acc)[R][E]) const {
     if constexpr (I < 16) {
-      __m512i q = code<B, I>(z), w;
-      if constexpr (B <= 5) w = _mm512_permutexvar_epi16(q, table);
-      else if constexpr (B <= 7)  // 128 + code, as a bit pattern
-        w = _mm512_ternarylogic_epi32(q, _mm512_set1_epi16((1 << B) - 1), _mm512_set1_epi16(0x4300), 0xea);
-      else {  // an integer below 256 has nothing in the lower half of its fp32
-        __m512i low = _mm512_and_si512(q, _mm512_set1_epi32(255)), next = _mm512_srli_epi32(_mm512_slli_epi32(q, 8), 24);
-        w = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(low)), 16);
-        w = _mm512_or_si512(w, _mm512_castps_si512(_mm512_cvtepi32_ps(next)));
-      }
+      Numbers w = decoder.numbers(code<B, I>(z));
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        __m512i pair = _mm512_set1_epi32(x[I * R + r]);
-        acc[r][I % E] = _mm512_dpbf16_ps(acc[r][I % E], (__m512bh)w, (__m512bh)pair);
-      }
+      for (int r = 0; r < R; r++) acc[r][I % E] = dot(acc[r][I % E], w, x[I * R + r]);
       one<I + 1>(z, x, acc);
     }
   }
@@ -115,60 +88,61 @@ static inline int64_t ahead_of(const Shape& s, int64_t u) {
 // T tiles from the given one on, R rows.
 template <int B, int R, int T>
 static void some_tiles(const Weight& w, const Shape& s, const Rows& rows, const Output& out, int64_t tile) {
-  constexpr int E = R == 1 ? 2 : 1;
-  Step<B, R, E> step{make_table<B>()};
+  constexpr int E = std::max(1, CHAINS / R);
+  Step<B, R, E> step;
   int64_t set = w.along_out ? tile * 16 / s.padded_size : 0, groups = w.along_out ? 1 : s.groups;
   int64_t units = s.units / groups;
-  const int32_t* x = rows.values.data() + set * s.padded_k / 2 * R;
+  const Pair* x = rows.values.data() + set * s.padded_k / 2 * R;
   const float* sums = rows.sums.data() + set * rows.count * groups;
-  const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
-  __m512 total[T][R];
+  const Words* codes = (const Words*)w.codes + tile * s.units * B;
+  Floats total[T][R];
   for (int t = 0; t < T; t++)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) total[t][r] = fill(0);
   for (int64_t g = 0; g < groups; g++) {
-    __m512 acc[T][R][E];
+    Floats acc[T][R][E];
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++)
-        for (int e = 0; e < E; e++) acc[t][r][e] = _mm512_setzero_ps();
+        for (int e = 0; e < E; e++) acc[t][r][e] = fill(0);
     for (int64_t u = g * units; u < (g + 1) * units; u++) {
       int64_t ahead = ahead_of<B, T>(s, u);
 #pragma GCC unroll 4
       for (int t = 0; t < T; t++) {
-        const __m512i* z = codes + (t * s.units + u) * B;
+        const Words* z = codes + (t * s.units + u) * B;
         for (int b = 0; b < B; b++) _mm_prefetch((const char*)(z + ahead + b), _MM_HINT_T0);
         step.template one<0>(z, x + u * 16 * R, acc[t]);
       }
     }
     for (int t = 0; t < T; t++) {
       int64_t at = s.scales(tile + t, g);
-      __m512 scale = w.along_out ? _mm512_set1_ps(1) : load16(w.scale, at, w.scale_dtype);
-      __m512 zero = w.along_out ? _mm512_set1_ps(1) : raised(w, zero_points(w, at));
+      Floats scale = w.along_out ? fill(1) : load16(w.scale, at, w.scale_dtype);
+      Floats zero = w.along_out ? fill(1) : raised(w, zero_points(w, at));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        __m512 a = E == 2 ? _mm512_add_ps(acc[t][r][0], acc[t][r][E - 1]) : acc[t][r][0];
-        a = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[r * groups + g]), a);
-        total[t][r] = _mm512_fmadd_ps(scale, a, total[t][r]);
+        Floats a = acc[t][r][0];
+        for (int e = 1; e < E; e++) a = a + acc[t][r][e];
+        a = fnma(zero, fill(sums[r * groups + g]), a);
+        total[t][r] = fma(scale, a, total[t][r]);
       }
     }
   }
   for (int t = 0; t < T; t++) {
     int64_t first = s.first(w, tile + t);
-    __mmask16 mask = lanes(s.valid(w, tile + t));
-    __m512 bias = out.bias ? load16(out.bias, first, out.dtype, mask) : _mm512_setzero_ps();
+    Mask mask = lanes(s.valid(w, tile + t));
+    Floats bias = out.bias ? load16(out.bias, first, out.dtype, mask) : fill(0);
     for (int64_t m = 0; m < out.m; m++) {
-      __m512 v = _mm512_setzero_ps();
-      for (int p = 0; p < out.parts; p++) v = _mm512_add_ps(v, total[t][m * out.parts + p]);
-      if (out.row_scale) v = _mm512_mul_ps(v, _mm512_set1_ps(out.row_scale[m]));
-      store16(out.y, m * w.out_features + first, out.dtype, _mm512_add_ps(v, bias), mask);
+      Floats v = fill(0);
+      for (int p = 0; p < out.parts; p++) v = v + total[t][m * out.parts + p];
+      if (out.row_scale) v = v * fill(out.row_scale[m]);
+      store16(out.y, m * w.out_features + first, out.dtype, v + bias, mask);
     }
   }
 }
 
 template <int B, int R>
 static void all_tiles(const Weight& w, const Shape& s, const Rows& rows, const Output& out) {
-  constexpr int T = R >= 8 ? 1 : 4;
+  constexpr int T = R >= 8 ? 1 : TILES;
   int64_t run = s.tiles / rows.sets, per_run = (run + T - 1) / T;
 #pragma omp parallel for num_threads(w.threads) if (w.threads > 1)
   for (int64_t i = 0; i < rows.sets * per_run; i++) {
@@ -184,8 +158,8 @@ static void all_rows(const Weight& w, const Shape& s, const Rows& rows, const Ou
     case 1: return all_tiles<B, 1>(w, s, rows, out);
     case 2: return all_tiles<B, 2>(w, s, rows, out);
     case 4: return all_tiles<B, 4>(w, s, rows, out);
-    case 8: return all_tiles<B, 8>(w, s, rows, out);
-    default: return all_tiles<B, 16>(w, s, rows, out);
+    case 8: return all_tiles<B, std::min(8, PASS)>(w, s, rows, out);
+    default: return all_tiles<B, PASS>(w, s, rows, out);
   }
 }
 
@@ -197,7 +171,7 @@ static void one_pass(const Weight& w, const Shape& s, const void* x, int x_dtype
   while (rows.count < m * parts) rows.count *= 2;
   rows.sets = w.along_out ? s.groups : 1;
   rows.groups = w.along_out ? 1 : s.groups;
-  rows.values.assign(rows.sets * rows.count * s.padded_k / 2, 0);
+  rows.values.assign(rows.sets * rows.count * s.padded_k / 2, Pair());
   rows.sums.assign(rows.sets * rows.count * rows.groups, 0);
   split(w, s, x, x_dtype, m, parts, rows);
   Output out{y, bias, row_scale, y_dtype, m, parts};
@@ -217,7 +191,7 @@ extern "C" void plquant_few_rows(const Weight* weight, const void* x, int32_t x_
                                  const float* row_scale, const void* bias, void* y, int32_t y_dtype) {
   const Weight& w = *weight;
   Shape s(w);
-  int64_t step = 16 / parts, x_bytes = w.in_features * size_of(x_dtype), y_bytes = w.out_features * size_of(y_dtype);
+  int64_t step = PASS / parts, x_bytes = w.in_features * size_of(x_dtype), y_bytes = w.out_features * size_of(y_dtype);
   for (int64_t i = 0; i < m; i += step)
     one_pass(w, s, (const char*)x + i * x_bytes, x_dtype, parts, std::min(step, m - i), row_scale ? row_scale + i : nullptr,
              bias, (char*)y + i * y_bytes, y_dtype);
@@ -225,15 +199,19 @@ extern "C" void plquant_few_rows(const Weight* weight, const void* x, int32_t x_
 
 // ---- rows of integers ------------------------------------------------------------------------------------------------
 
-template <int B, int R>
+// Adds the products of a unit's codes with R rows, times F, and the codes themselves.
+template <int B, int R, int F = 1>
 struct Quads {
   template <int I>
-  static ALWAYS_INLINE void one(const __m512i* z, const int32_t* x, __m512i (&acc)[R], __m512i& sum) {
-    if constexpr (I < 8) {
-      __m512i q = quad<B, I>(z);
-      sum = _mm512_dpbusd_epi32(sum, q, _mm512_set1_epi8(1));
+  static ALWAYS_INLINE void one(const Words* z, const int32_t* x, ByteSums (&acc)[R], ByteSums& sum) {
+    if constexpr (B > MOST_BITS) {  // 8 bits, which lie as twice 4
+      Quads<4, R>::template one<I>(z, x, acc, sum);
+      Quads<4, R, 16>::template one<I>(z + 4, x, acc, sum);
+    } else if constexpr (I < 8) {
+      Words q = quad<B, I>(z);
+      sum.add<B, I, F>(q, fill8(1));
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) acc[r] = _mm512_dpbusd_epi32(acc[r], q, _mm512_set1_epi32(x[I * R + r]));
+      for (int r = 0; r < R; r++) acc[r].template add<B, I, F>(q, fill32(x[I * R + r]));
       one<I + 1>(z, x, acc, sum);
     }
   }
@@ -259,11 +237,10 @@ static void arrange(const Weight& w, const Shape& s, const int8_t* x, int64_t m,
 #pragma omp parallel for num_threads(w.threads) if (w.threads > 1 && m > 16)
   for (int64_t i = 0; i < m; i++)
     for (int64_t g = 0; g < s.groups; g++) {
-      __m256i sum = _mm256_setzero_si256();
+      Half sum = _mm256_setzero_si256();
       for (int64_t k = 0; k < s.size; k += 32) {
-        __mmask32 mask = s.size - k >= 32 ? 0xffffffffu : (1u << (s.size - k)) - 1;
-        __m256i v = _mm256_maskz_loadu_epi8(mask, x + i * w.in_features + g * s.size + k);
-        sum = _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1), v);
+        Half v = load_bytes(x + i * w.in_features + g * s.size + k, s.size - k);
+        sum = add_bytes(sum, v);
         __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
         alignas(16) int32_t quads[8];
         _mm_store_si128((__m128i*)quads, _mm_unpacklo_epi8(low, high));
@@ -280,55 +257,55 @@ static void arrange(const Weight& w, const Shape& s, const int8_t* x, int64_t m,
 template <int B, int R, int T>
 static void integer_tiles(const Weight& w, const Shape& s, const Integers& in, int64_t tile) {
   int64_t units = s.units / s.groups;
-  const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
-  __m512 total[T][R];
+  const Words* codes = (const Words*)w.codes + tile * s.units * B;
+  Floats total[T][R];
   for (int t = 0; t < T; t++)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) total[t][r] = fill(0);
   for (int64_t g = 0; g < s.groups; g++) {
-    __m512i acc[T][R], sum[T];
+    ByteSums acc[T][R], sum[T];
     for (int t = 0; t < T; t++) {
-      sum[t] = _mm512_setzero_si512();
+      sum[t].total = fill32(0);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_si512();
+      for (int r = 0; r < R; r++) acc[t][r].total = fill32(0);
     }
     for (int64_t u = g * units; u < (g + 1) * units; u++) {
       int64_t ahead = ahead_of<B, T>(s, u);
 #pragma GCC unroll 4
       for (int t = 0; t < T; t++) {
-        const __m512i* z = codes + (t * s.units + u) * B;
+        const Words* z = codes + (t * s.units + u) * B;
         for (int b = 0; b < B; b++) _mm_prefetch((const char*)(z + ahead + b), _MM_HINT_T0);
         Quads<B, R>::template one<0>(z, in.values + u * 8 * R, acc[t], sum[t]);
       }
     }
     for (int t = 0; t < T; t++) {
       int64_t at = s.scales(tile + t, g);
-      __m512 scale = load16(w.scale, at, w.scale_dtype);
-      __m512i zero = _mm512_cvtps_epi32(zero_points(w, at));
+      Floats scale = load16(w.scale, at, w.scale_dtype);
+      Words zero = to_words(zero_points(w, at));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {  // exact, also where a part of it wraps around
-        __m512i rest = _mm512_set1_epi32(in.sum[r * s.groups + g] - (int32_t)s.size * in.zero[r]);
-        __m512i n = _mm512_sub_epi32(acc[t][r], _mm512_mullo_epi32(_mm512_set1_epi32(in.zero[r]), sum[t]));
-        n = _mm512_sub_epi32(n, _mm512_mullo_epi32(zero, rest));
-        total[t][r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(n), total[t][r]);
+        Words rest = fill32(in.sum[r * s.groups + g] - (int32_t)s.size * in.zero[r]);
+        Words n = sub32(acc[t][r].total, mul32(fill32(in.zero[r]), sum[t].total));
+        n = sub32(n, mul32(zero, rest));
+        total[t][r] = fma(scale, to_floats(n), total[t][r]);
       }
     }
   }
   for (int t = 0; t < T; t++) {
     int64_t first = s.first(w, tile + t);
-    __mmask16 mask = lanes(s.valid(w, tile + t));
-    __m512 bias = in.bias ? load16(in.bias, first, in.dtype, mask) : _mm512_setzero_ps();
+    Mask mask = lanes(s.valid(w, tile + t));
+    Floats bias = in.bias ? load16(in.bias, first, in.dtype, mask) : fill(0);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
       if (r < in.m)
         store16(in.y, r * w.out_features + first, in.dtype,
-                _mm512_add_ps(_mm512_mul_ps(total[t][r], _mm512_set1_ps(in.scale[r])), bias), mask);
+                total[t][r] * fill(in.scale[r]) + bias, mask);
   }
 }
 
 template <int B, int R>
 static void all_integer_tiles(const Weight& w, const Shape& s, const Integers& in) {
-  constexpr int T = R >= 16 ? 1 : 4;
+  constexpr int T = R >= 16 ? 1 : TILES;
 #pragma omp parallel for num_threads(w.threads) if (w.threads > 1)
   for (int64_t tile = 0; tile < s.tiles; tile += T)
     for (int64_t row = 0; row < in.m; row += R) {
@@ -342,12 +319,12 @@ template <int B>
 static void all_integer_rows(const Weight& w, const Shape& s, const Integers& in) {
   if (in.m == 1) return all_integer_tiles<B, 1>(w, s, in);
   if (in.m <= 4) return all_integer_tiles<B, 4>(w, s, in);
-  return all_integer_tiles<B, 16>(w, s, in);
+  return all_integer_tiles<B, PASS>(w, s, in);
 }
 
 static void some_integer_rows(const Weight& w, const Shape& s, const int8_t* x, int64_t m, const float* scale,
                               const int32_t* zero, const void* bias, char* y, int32_t dtype) {
-  int64_t block = m == 1 ? 1 : m <= 4 ? 4 : 16, rows = round_up(m, block);
+  int64_t block = m == 1 ? 1 : m <= 4 ? 4 : PASS, rows = round_up(m, block);
   static thread_local std::vector<int32_t> values, zeros, sums;
   values.assign(rows * s.padded_k / 4, 0), zeros.assign(rows, 0), sums.assign(rows * s.groups, 0);
   std::copy(zero, zero + m, zeros.begin());
@@ -382,26 +359,24 @@ static void dense_rows(const uint16_t* x, const uint16_t* w, const void* bias, v
                        int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t first = 0; first < n; first += 16) {
-    __mmask16 valid = lanes(n - first);
+    Mask valid = lanes(n - first);
     alignas(64) float found[R][16] = {};
     for (int64_t i = first; i < std::min(first + 16, n); i++) {
-      __m512 acc[R];
+      Floats acc[R];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
+      for (int r = 0; r < R; r++) acc[r] = fill(0);
       for (int64_t j = 0; j < k; j += 32) {
-        __mmask32 mask = k - j >= 32 ? 0xffffffffu : (1u << (k - j)) - 1;
-        __m512i v = _mm512_maskz_loadu_epi16(mask, w + i * k + j);
+        Words v = load_bf16(w + i * k + j, k - j);
         _mm_prefetch((const char*)(w + i * k + j) + 4096, _MM_HINT_T0);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-          acc[r] = _mm512_dpbf16_ps(acc[r], (__m512bh)v, (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * k + j));
+        for (int r = 0; r < R; r++) acc[r] = dot_bf16(acc[r], v, load_bf16(x + r * k + j, k - j));
       }
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) found[r][i - first] = _mm512_reduce_add_ps(acc[r]);
+      for (int r = 0; r < R; r++) found[r][i - first] = sum(acc[r]);
     }
-    __m512 add = bias ? load16(bias, first, BF16, valid) : _mm512_setzero_ps();
+    Floats add = bias ? load16(bias, first, BF16, valid) : fill(0);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) store16(y, r * n + first, BF16, _mm512_add_ps(_mm512_load_ps(found[r]), add), valid);
+    for (int r = 0; r < R; r++) store16(y, r * n + first, BF16, load(found[r]) + add, valid);
   }
 }
 
@@ -422,27 +397,24 @@ extern "C" void plquant_dense_rows(const uint16_t* x, const uint16_t* w, const v
 template <int B, int D, bool Whole>
 struct Unit {
   const Weight& w;
-  const __m512i* codes;
+  const Words* codes;
   char* out;
   int64_t row_bytes, at, inputs;
-  __mmask16 mask;
+  Mask mask;
 
   template <int I>
-  ALWAYS_INLINE void put(__m512 scale, __m512 zero) const {
+  ALWAYS_INLINE void put(Floats scale, Floats zero) const {
     if constexpr (I < 16) {
-      __m512i q = code<B, I>(codes), low = _mm512_set1_epi32((1 << B) - 1);
-      __m512i both[2] = {_mm512_and_si512(q, low), _mm512_and_si512(_mm512_srli_epi32(q, 16), low)};
+      Words q = code<B, I>(codes), low = fill32((1 << B) - 1), both[2] = {q & low, shift32<16>(q) & low};
       for (int p = 0; p < 2; p++) {
         int k = 2 * I + p;
         if (!Whole && k >= inputs) return;
         if (w.along_out) {
-          scale = _mm512_set1_ps(_mm512_cvtss_f32(load16(w.scale, at + k, w.scale_dtype, 1)));
-          zero = _mm512_set1_ps(w.zero_point ? w.zero_point[at + k] : 1 << (B - 1));
+          scale = load1(w.scale, at + k, w.scale_dtype);
+          zero = fill(w.zero_point ? w.zero_point[at + k] : 1 << (B - 1));
         }
-        __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(both[p]), zero), scale);
-        if constexpr (!Whole) store16(out + k * row_bytes, 0, D, v, mask);
-        else if constexpr (D == F32) _mm512_storeu_ps(out + k * row_bytes, v);
-        else _mm256_storeu_si256((__m256i*)(out + k * row_bytes), to_bf16(v));
+        Floats v = (to_floats(both[p]) - zero) * scale;
+        store16(out + k * row_bytes, 0, D, v, Whole ? ALL : mask);
       }
       put<I + 1>(scale, zero);
     }
@@ -453,17 +425,17 @@ template <int B, int D>
 static void spread(const Weight& w, const Shape& s, int64_t tile, int64_t column, int64_t columns, char* out) {
   int64_t size = size_of(D), group = w.along_out ? tile * 16 / s.padded_size : 0;
   int64_t groups = w.along_out ? 1 : s.groups, units = s.units / groups, width = w.along_out ? w.in_features : s.size;
-  __mmask16 mask = lanes(s.valid(w, tile));
-  const __m512i* codes = (const __m512i*)w.codes + tile * s.units * B;
+  Mask mask = lanes(s.valid(w, tile));
+  const Words* codes = (const Words*)w.codes + tile * s.units * B;
   for (int64_t g = 0; g < groups; g++) {
-    __m512 scale = _mm512_setzero_ps(), zero = scale;
+    Floats scale = fill(0), zero = scale;
     int64_t at = s.scales(tile, g);
     if (!w.along_out) scale = load16(w.scale, at, w.scale_dtype), zero = zero_points(w, at);
     for (int64_t u = 0; u < units; u++) {
       char* first = out + ((g * width + u * 32) * columns + column) * size;
-      const __m512i* z = codes + (g * units + u) * B;
+      const Words* z = codes + (g * units + u) * B;
       int64_t place = group * s.padded_k + u * 32, inputs = width - u * 32;
-      if (mask == 0xffff && inputs >= 32) Unit<B, D, true>{w, z, first, columns * size, place, inputs, mask}.template put<0>(scale, zero);
+      if (mask == ALL && inputs >= 32) Unit<B, D, true>{w, z, first, columns * size, place, inputs, mask}.template put<0>(scale, zero);
       else Unit<B, D, false>{w, z, first, columns * size, place, inputs, mask}.template put<0>(scale, zero);
     }
   }
@@ -505,36 +477,35 @@ extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, i
   float qmin = symmetric ? -(float)(1 << (bits - 1)) : 0, qmax = qmin + (float)((1 << bits) - 1);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && m > 16)
   for (int64_t i = 0; i < m; i++) {
-    __m512 low = _mm512_setzero_ps(), high = low;
-    __mmask16 nan = 0;  // which a minimum may lose
+    Floats low = fill(0), high = low;
+    uint32_t nan = 0;  // which a minimum may lose
     for (int64_t j = 0; j < k; j += 16) {
-      __m512 v = load16(x, i * k + j, dtype, lanes(k - j));
-      nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-      low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
+      Floats v = load16(x, i * k + j, dtype, lanes(k - j));
+      nan |= nans(v);
+      low = min(low, v), high = max(high, v);
     }
-    float lo = _mm512_reduce_min_ps(low), hi = _mm512_reduce_max_ps(high), zero = 0;
+    float lo = least(low), hi = most(high), zero = 0;
     if (clip) lo *= clip[0], hi *= clip[1];
     float scale = symmetric ? std::max(hi / qmax, lo / qmin) : (hi - lo) / (qmax - qmin);
     scale = std::max(scale, 1.17549435e-38f);
     if (!symmetric) zero = std::min(std::max(std::nearbyint(-lo / scale), qmin), qmax);
     scales[i] = nan ? NAN : scale;
     int32_t middle = symmetric ? 0 : 1 << (bits - 1), shift = (int32_t)zero - middle;
-    __m512i sum = _mm512_setzero_si512();
+    Words sum = fill32(0);
     for (int64_t j = 0; j < k; j += 16) {
-      __mmask16 mask = lanes(k - j);
-      __m512 v = _mm512_div_ps(load16(x, i * k + j, dtype, mask), _mm512_set1_ps(scale));
-      if (offset) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, offset + j));
-      v = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(qmin - zero)), _mm512_set1_ps(qmax - zero));
+      Mask mask = lanes(k - j);
+      Floats v = load16(x, i * k + j, dtype, mask) / fill(scale);
+      if (offset) v = v + load(offset + j, mask);
+      v = min(max(rounded(v), fill(qmin - zero)), fill(qmax - zero));
       if (steps) {
-        _mm512_mask_storeu_ps(steps + i * k + j, mask, v);
+        store(steps + i * k + j, v, mask);
         continue;
       }
-      __m512i code = _mm512_maskz_add_epi32(mask, _mm512_cvtps_epi32(v), _mm512_set1_epi32(shift));
-      sum = _mm512_add_epi32(sum, code);
-      _mm_mask_storeu_epi8(codes + i * k + j, mask, _mm512_cvtepi32_epi8(code));
+      Words code = keep32(add32(to_words(v), fill32(shift)), mask);
+      sum = add32(sum, code);
+      store_bytes(codes + i * k + j, code, mask);
     }
-    if (!steps) zeros[i] = shift, sums[i] = _mm512_reduce_add_epi32(sum);
+    if (!steps) zeros[i] = shift, sums[i] = sum32(sum);
   }
 }
 
@@ -544,13 +515,13 @@ extern "C" void plquant_quantize_rows(const void* x, int32_t dtype, int64_t m, i
 template <int R, class Put>
 static ALWAYS_INLINE void product(const float* a, int64_t stride, int64_t row, const float* b, int64_t k, int64_t n, const Put& put) {
   for (int64_t j = 0; j < n; j += 16) {
-    __m512 acc[R];
+    Floats acc[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) acc[r] = fill(0);
     for (int64_t l = 0; l < k; l++) {
-      __m512 v = _mm512_loadu_ps(b + l * n + j);
+      Floats v = load(b + l * n + j);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) acc[r] = _mm512_fmadd_ps(_mm512_set1_ps(a[(row + r) * stride + l]), v, acc[r]);
+      for (int r = 0; r < R; r++) acc[r] = fma(fill(a[(row + r) * stride + l]), v, acc[r]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) put(row + r, j, acc[r]);
@@ -559,15 +530,16 @@ static ALWAYS_INLINE void product(const float* a, int64_t stride, int64_t row, c
 
 template <class Put>
 static ALWAYS_INLINE void product(int64_t m, const float* a, int64_t stride, const float* b, int64_t k, int64_t n, const Put& put) {
+  constexpr int R = std::min(8, PASS);
   int64_t row = 0;
-  for (; row + 8 <= m; row += 8) product<8>(a, stride, row, b, k, n, put);
+  for (; row + R <= m; row += R) product<R>(a, stride, row, b, k, n, put);
   for (; row < m; row++) product<1>(a, stride, row, b, k, n, put);
 }
 
 // bf16 [m, k] as fp32 [m, padded].
 static void widen(const uint16_t* from, int64_t m, int64_t k, int64_t padded, float* to) {
   for (int64_t i = 0; i < m; i++)
-    for (int64_t j = 0; j < k; j += 16) _mm512_storeu_ps(to + i * padded + j, load16(from, i * k + j, BF16, lanes(k - j)));
+    for (int64_t j = 0; j < k; j += 16) store(to + i * padded + j, load16(from, i * k + j, BF16, lanes(k - j)));
 }
 
 // y = factor (L X) R for each of the rows X [n1, n2] of x, all bf16, and L X rounded to bf16 too.
@@ -583,18 +555,12 @@ extern "C" void plquant_kronecker(const uint16_t* x, const uint16_t* left, const
 #pragma omp for
     for (int64_t i = 0; i < rows; i++) {
       widen(x + i * n1 * n2, n1, n2, padded, whole.data());
-      product(n1, l.data(), padded1, whole.data(), n1, padded, [&](int64_t row, int64_t j, __m512 v) {
-        __m256i rounded = to_bf16(v);
-        _mm512_storeu_ps(&half[row * padded + j], load16(&rounded, 0, BF16));
+      product(n1, l.data(), padded1, whole.data(), n1, padded, [&](int64_t row, int64_t j, Floats v) {
+        store(&half[row * padded + j], from_bf16(to_bf16(v)));
       });
-      product(n1, half.data(), padded, r.data(), n2, padded, [&](int64_t row, int64_t j, __m512 v) {
-        store16(y, (i * n1 + row) * n2 + j, BF16, _mm512_mul_ps(v, _mm512_set1_ps(factor)), lanes(n2 - j));
+      product(n1, half.data(), padded, r.data(), n2, padded, [&](int64_t row, int64_t j, Floats v) {
+        store16(y, (i * n1 + row) * n2 + j, BF16, v * fill(factor), lanes(n2 - j));
       });
     }
   }
-}
-
-extern "C" int32_t plquant_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }

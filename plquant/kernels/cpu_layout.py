@@ -9,10 +9,11 @@ planes of 4, 2 and 1 bits (3 bits are 2 + 1, 8 bits 4 + 4), lowest first, and a 
     2        i // 8    2 (i % 8) and the one above            0 to 7, 8 to 15
     1        0         i                                      0 to 15
 
-So a shift and a table turn a vector into the pairs of bf16 numbers that AVX512-BF16 and AMX multiply, with an output in
-every lane: a scale per output needs no sum across lanes. Groups are padded to whole units (along the input) or whole
-tiles (along the output). The scales of a tile's groups lie one after the other: in rows of all outputs the next one is
-a page away, and to wait for it takes as long as all the codes of a small group.
+So a shift and a table turn a vector into the pairs of bf16 numbers that AVX512-BF16 and AMX multiply, and a shift and a
+mask into those of integers that AVX2 turns into fp32, with an output in every lane: a scale per output needs no sum
+across lanes. Groups are padded to whole units (along the input) or whole tiles (along the output). The scales of a
+tile's groups lie one after the other: in rows of all outputs the next one is a page away, and to wait for it takes as
+long as all the codes of a small group.
 
 Letters: N outputs, K inputs, g group size, N' and K' with groups padded.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -18,15 +19,16 @@ from plquant.native import library, missing
 SOURCE, AMX_SOURCE, DISPATCH_SOURCE = (
     Path(__file__).with_name(name) for name in ("cpu.cpp", "amx.cpp", "dispatch.cpp")
 )
-FLAGS = [
-    *["-O2", "-ffp-contract=off", "-mfma", "-mf16c"],
-    *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"],
-]
-AMX_FLAGS = [*FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+FLAGS = ["-O2", "-ffp-contract=off", "-mfma", "-mf16c"]
+VECTORS = {  # of vectors.h, the better first: what a CPU must have besides FMA and F16C
+    "AVX512": ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"],
+    "AVX2": ["avx2"],
+}
+AMX_FLAGS = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 TORCH = Path(torch.__file__).parent
 BUILT_FOR = torch.__version__.translate(str.maketrans(".+-", "___"))  # each torch has a library of its own
 DISPATCH_FLAGS = [
-    *[*FLAGS, f"-DTORCH_{BUILT_FOR}", f"-ffile-prefix-map={DISPATCH_SOURCE.parent}=."],
+    *[f"-DTORCH_{BUILT_FOR}", f"-ffile-prefix-map={DISPATCH_SOURCE.parent}=."],
     *[f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"],
 ]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -84,7 +86,7 @@ def few_rows(
         shape: Its shape.
         bias: [N] of ``dtype``, or ``None``.
         dtype: Of the result.
-        parts: bf16 numbers that each activation is split into.
+        parts: Numbers that each activation is split into, ``parts(x.dtype)``; 1 if they are integers below 257.
         row_scale: fp32 [M], or ``None``.
 
     Returns:
@@ -208,12 +210,23 @@ def kronecker(x: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
 
 
 @cache
+def vectors() -> str:
+    """Of ``VECTORS`` those that the kernels are compiled for, the best that the CPU has; empty: it has none."""
+    return next((name for name, needed in VECTORS.items() if {"fma", "f16c", *needed} <= _cpu_flags()), "")
+
+
+def parts(dtype: torch.dtype) -> int:
+    """Into how many numbers an activation of this dtype is split; AVX2 multiplies in fp32."""
+    return PARTS[dtype] if vectors() == "AVX512" else 1
+
+
+@cache
 def amx() -> bool:
     """Whether the CPU has AMX, the system lets us use it, and the compiler knows it."""
+    has_tiles = vectors() == "AVX512" and {"amx_tile", "amx_int8", "amx_bf16"} <= _cpu_flags()
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
-        return {"amx_tile", "amx_int8", "amx_bf16"} <= flags and bool(_amx_library().plquant_amx_start())
-    except (OSError, IndexError, RuntimeError):
+        return has_tiles and bool(_amx_library().plquant_amx_start())
+    except (OSError, RuntimeError):
         return False
 
 
@@ -240,7 +253,7 @@ def dispatch_() -> None:
 @cache
 def _dispatch_library() -> ctypes.CDLL:
     kernels = [ctypes.cast(getattr(_library(), f"plquant_{name}"), ctypes.c_void_p) for name in DISPATCHED]
-    found = library(DISPATCH_SOURCE, *DISPATCH_FLAGS)
+    found = library(DISPATCH_SOURCE, *_flags(vectors()), *DISPATCH_FLAGS)
     found.plquant_dispatch.argtypes = [ctypes.POINTER(_Kernels)]
     found.plquant_dispatch(_Kernels(*kernels, MOST_DISPATCHED_ROWS, MOST_INTEGER_INPUTS, MOST_KRONECKER_ORDER))
     return found
@@ -249,13 +262,28 @@ def _dispatch_library() -> ctypes.CDLL:
 def _missing() -> str:
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"it has kernels for x86, not for {platform.machine()}"
-    reason = missing(_library)
-    return reason or ("" if _library().plquant_supported() else "the CPU lacks AVX512-BF16 or VNNI")
+    if sys.platform != "linux":
+        return f"it is built on Linux only, not on {sys.platform}"
+    return missing(_library) if vectors() else "the CPU lacks AVX2, FMA or F16C"
 
 
 @cache
+def _cpu_flags() -> frozenset[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _flags(vectors: str) -> list[str]:
+    return [*FLAGS, *(f"-m{name.replace('_', '')}" for name in VECTORS[vectors])]
+
+
 def _library() -> ctypes.CDLL:
-    found = library(SOURCE, *FLAGS)
+    return _library_of(vectors())
+
+
+@cache
+def _library_of(vectors: str) -> ctypes.CDLL:
+    found = library(SOURCE, *_flags(vectors))
     weight, pointer, wide, narrow = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     few: list[Any] = [weight, pointer, narrow, narrow, wide, pointer, pointer, pointer, narrow]
     many: list[Any] = [weight, wide, wide, wide, pointer, narrow]
@@ -274,7 +302,7 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _amx_library() -> ctypes.CDLL:
-    found = library(AMX_SOURCE, *AMX_FLAGS)
+    found = library(AMX_SOURCE, *_flags("AVX512"), *AMX_FLAGS)
     pointer, wide = ctypes.c_void_p, ctypes.c_int64
     found.plquant_many_rows.argtypes = [ctypes.POINTER(_Weight), pointer, wide, *[pointer] * 5, ctypes.c_int32]
     return found

@@ -23,7 +23,8 @@ from plquant.kernels import cpu_layout, layout, native, ops, token_ops
 from plquant.kernels.cpu_layout import Shape
 
 Tensors = dict[str, Any]  # Tensor or None
-MOST_KRONECKER_WORK = 1 << 21  # multiply-adds; torch's products have caught up with a CPU's kernel by then
+# Multiply-adds; torch's products of bf16, which is quick with AVX512, have caught up with a CPU's kernel by then.
+MOST_KRONECKER_WORK = 1 << 21
 
 
 class Affine(NamedTuple):
@@ -224,8 +225,8 @@ def kronecker_op(x: Tensor, left: Tensor, right: Tensor) -> Callable[..., Tensor
     if x.dtype in (torch.float16, torch.bfloat16) and has_triton(x.device):
         return ops.kronecker
     orders = len(left), len(right)
-    few = max(orders) <= 8 or x.numel() * sum(orders) <= MOST_KRONECKER_WORK
-    return ops.cpu_kronecker if few and x.dtype == torch.bfloat16 and x.is_cpu else None
+    quick = max(orders) <= 8 or x.numel() * sum(orders) <= MOST_KRONECKER_WORK or native.vectors() == "AVX2"
+    return ops.cpu_kronecker if quick and x.dtype == torch.bfloat16 and x.is_cpu else None
 
 
 def has_triton(device: torch.device) -> bool:
