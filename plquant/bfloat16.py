@@ -6,8 +6,8 @@ where bfloat16 is multiplied: only the order of the additions may differ, as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,16 +41,18 @@ class ThroughFloat32(TorchDispatchMode):
         return tree_map_only(Tensor, Tensor.bfloat16, found)
 
 
-@contextmanager
-def quick_products() -> Iterator[None]:
-    """Within it products of bfloat16 are as quick as this machine makes them."""
-    with nullcontext() if is_native() else ThroughFloat32():
-        yield
+def quick_products(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it products of bfloat16 are as quick as this machine makes them.
+
+    Args:
+        device: Where they are computed. Elsewhere than on a CPU every operation would only be held up.
+    """
+    return nullcontext() if device.type != "cpu" or is_native() else ThroughFloat32()
 
 
 def is_native() -> bool:
     """Whether torch has quick products of bfloat16 on this CPU."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _widened(tensor: Tensor) -> Tensor:

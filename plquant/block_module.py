@@ -166,10 +166,10 @@ class BlockModule(L.LightningModule):
         self.log("loss", self._epoch_loss, prog_bar=True, on_step=False, on_epoch=True)
         return loss
 
-    @quick_products()
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Gradients of a loss."""
-        super().backward(loss, *args, **kwargs)
+        with quick_products(loss.device):
+            super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log the error of a batch."""

@@ -12,7 +12,6 @@ from plquant.bfloat16 import quick_products
 from plquant.evaluating import evaluating
 
 
-@quick_products()
 @torch.no_grad()
 def require_finite(
     lm: nn.Module, ids: Tensor, layers: Mapping[str, nn.Module], seen: Callable[[str, Tensor], None]
@@ -40,7 +39,7 @@ def require_finite(
         if not first and any(isinstance(t, Tensor) and not t.isfinite().all() for t in tensors):
             first.append(name)
 
-    with ExitStack() as stack, evaluating(lm):
+    with ExitStack() as stack, evaluating(lm), quick_products(ids.device):
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(lambda layer, _args, name=name: look_inside(name, layer))
             stack.callback(hook.remove)

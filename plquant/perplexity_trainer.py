@@ -63,11 +63,15 @@ class PerplexityTrainer(L.Trainer):
             say(line)
         return result
 
-    @quick_products()
     def _perplexity(self, model: QuantizedLM, datamodule: TextData, folder: Path | None = None) -> PerplexityResult:
         windows = share_of(datamodule.evaluation_text(model).windows, self.global_rank, self.world_size)
-        context = self.strategy.precision_plugin.forward_context
-        with quiet(), interruptible(), model.known_outputs(windows, self.strategy.root_device, context, folder):
+        context, device = self.strategy.precision_plugin.forward_context, self.strategy.root_device
+        with (
+            quick_products(device),
+            quiet(),
+            interruptible(),
+            model.known_outputs(windows, device, context, folder),
+        ):
             super().validate(model, datamodule=datamodule, verbose=False)
         protocol = datamodule.evaluation_text(model).protocol
         asked = protocol["tokens"] - protocol["windows"]  # all but the first token of every window

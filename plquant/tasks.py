@@ -75,7 +75,6 @@ def load_tasks(
     return tasks, sources
 
 
-@quick_products()
 @torch.no_grad()
 def measure(
     model: QuantizedLM,
@@ -104,7 +103,8 @@ def measure(
 
     lm: Any = nn.Module.to(model.lm, device)
     answering = HFLM(pretrained=lm, tokenizer=model.tokenizer, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(answering, tasks=list(tasks.values()), limit=limit, log_samples=False)
+    with quick_products(device):
+        found = lm_eval.simple_evaluate(answering, tasks=list(tasks.values()), limit=limit, log_samples=False)
     return {
         name: {
             "figures": _figures(found["results"][name]),

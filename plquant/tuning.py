@@ -150,7 +150,6 @@ class ScaleTuning(L.LightningModule):
         return {f"{name}.weight_scale": linear.weight_scale for name, linear in self.linears.items()}
 
 
-@quick_products()
 def tune(
     folder: str | Path,
     data: TextData,
@@ -206,8 +205,9 @@ def tune(
     training = DataLoader(rows[held:], data.batch_size, shuffle=True)
     validation = DataLoader(rows[:held], data.batch_size)
     started = time.monotonic()
-    trainer.validate(module, validation, verbose=False)
-    trainer.fit(module, training, validation)
+    with quick_products(trainer.strategy.root_device):
+        trainer.validate(module, validation, verbose=False)
+        trainer.fit(module, training, validation)
     best = module.best_epoch
     done = Tuned(
         source=str(folder),

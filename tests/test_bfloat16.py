@@ -17,6 +17,8 @@ from plquant import bfloat16
 from plquant.bfloat16 import ThroughFloat32, quick_products
 from tests.test_tune import tuned
 
+CPU = torch.device("cpu")
+
 
 def bf16(*shape: int) -> Tensor:
     return torch.randn(shape).bfloat16().requires_grad_()
@@ -79,11 +81,13 @@ def widened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[torch.dtype]]:
 
 
 def test_a_cpu_that_has_them_is_left_alone(widened: Counter[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    with quick_products():
+    with quick_products(CPU):
         results("linear", torch.bfloat16)
     assert widened.pop(torch.bfloat16) > 0
+    with quick_products(torch.device("meta")):  # nor is what computes elsewhere
+        results("linear", torch.bfloat16)
     monkeypatch.setattr(bfloat16, "is_native", lambda: True)
-    with quick_products():
+    with quick_products(CPU):
         results("linear", torch.bfloat16)
     assert not widened
 

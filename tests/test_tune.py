@@ -79,7 +79,7 @@ def test_what_was_trained_is_what_is_written(checkpoint: Path, tmp_path: Path) -
     done = tuned(folder, tmp_path / "new", loss="lm")
     ids = pq.data.BuiltinText(num_samples=16, seq_len=32).calibration_ids(pq.QuantizedLM(str(checkpoint), None))  # type: ignore[arg-type]
     module = ScaleTuning(pq.load(tmp_path / "new", kernels=False), None, 1e-3)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), quick_products():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), quick_products(ids.device):
         assert float(module.loss(ids[: done.windows[1]])) == pytest.approx(done.after, abs=1e-6)
 
 

@@ -116,14 +116,14 @@ class QuantBlock(nn.Module):
         """Where it is."""
         return next(self.layers.parameters()).device
 
-    @quick_products()
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, H] -> [B, T, H]."""
         if self._calls_there is None or self._calls_there[0] != x.device:
             self._calls_there = x.device, [map_tensors(lambda t: t.to(x.device), call) for call in self._calls]
-        for layer, call in zip(self.layers.values(), self._calls_there[1], strict=True):
-            out = layer(x, **call)
-            x = out[0] if isinstance(out, tuple) else out
+        with quick_products(x.device):
+            for layer, call in zip(self.layers.values(), self._calls_there[1], strict=True):
+                out = layer(x, **call)
+                x = out[0] if isinstance(out, tuple) else out
         return x
 
     @contextmanager

@@ -47,7 +47,7 @@ def token_weights(
         y, outputs = _run(block, x, names)
         norm = target.to(y.device).float().norm(dim=-1, keepdim=True)
         probe = torch.where(norm > SMALLEST, signs.to(y.device) / norm, 0).to(y.dtype)
-        with quick_products():
+        with quick_products(y.device):
             gradients = torch.autograd.grad(y, list(outputs.values()), probe, materialize_grads=True)
         for name, gradient in zip(outputs, gradients, strict=True):
             found[name].append(gradient.float().square().sum(-1).flatten())
