@@ -86,7 +86,7 @@ class KeepSteps(L.Callback):
         stepped = trainer.global_step > self._before
         if stepped and not trainer.is_last_batch and trainer.global_step // self.every > self._kept:
             self._kept = trainer.global_step // self.every
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
 
 def keeping_steps(arguments: Mapping[str, Any], sealed: SealedCheckpoints, every: int) -> dict[str, Any]:

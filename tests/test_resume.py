@@ -201,6 +201,15 @@ def test_a_checkpoint_that_is_not_this_blocks_is_said_and_never_loaded(
     assert written(tmp_path) == written(finished)
 
 
+def test_a_checkpoint_is_taken_without_a_word(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lightning has one about an option that is left to it, for each."""
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        run(checkpoint, tmp_path, checkpoint_every=2)
+    assert "weights_only" not in caplog.text
+
+
 def test_another_recipe_does_not_go_on_inside_a_block(checkpoint: Path, tmp_path: Path) -> None:
     interrupt(0, 3, checkpoint, tmp_path, checkpoint_every=1)
     with pytest.raises(ValueError, match=r"(?s)holds another run.*trainer.max_epochs: 3 there, 4 asked for"):
