@@ -269,6 +269,8 @@ def _missing() -> str:
 
 @cache
 def _cpu_flags() -> frozenset[str]:
+    if sys.platform != "linux":
+        return frozenset()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 

@@ -145,3 +145,11 @@ def test_a_cpu_has_the_vectors_that_its_flags_allow(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(native, "vectors", lambda: "")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert native._missing() == "the CPU lacks AVX2, FMA or F16C"
+
+
+def test_another_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(Path, "read_text", lambda self: pytest.fail(f"there is no {self}"))
+    assert not native._cpu_flags.__wrapped__()
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert native._missing() == "it is built on Linux only, not on darwin"
