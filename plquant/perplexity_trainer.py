@@ -66,12 +66,8 @@ class PerplexityTrainer(L.Trainer):
     def _perplexity(self, model: QuantizedLM, datamodule: TextData, folder: Path | None = None) -> PerplexityResult:
         windows = share_of(datamodule.evaluation_text(model).windows, self.global_rank, self.world_size)
         context, device = self.strategy.precision_plugin.forward_context, self.strategy.root_device
-        with (
-            quick_products(device),
-            quiet(),
-            interruptible(),
-            model.known_outputs(windows, device, context, folder),
-        ):
+        known = model.known_outputs(windows, device, context, folder)
+        with quick_products(device), quiet(), interruptible(), known:
             super().validate(model, datamodule=datamodule, verbose=False)
         protocol = datamodule.evaluation_text(model).protocol
         asked = protocol["tokens"] - protocol["windows"]  # all but the first token of every window

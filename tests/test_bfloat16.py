@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def test_other_dtypes_and_devices_are_left_alone() -> None:
 
 
 @pytest.fixture
-def widened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[torch.dtype]]:
+def widened(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.dtype]:
     """Dtypes of what a product gets, on a CPU that has none of bfloat16."""
     found: Counter[torch.dtype] = Counter()
 
@@ -77,7 +77,7 @@ def widened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[torch.dtype]]:
 
     monkeypatch.setattr(bfloat16, "_widened", widen)
     monkeypatch.setattr(bfloat16, "is_native", lambda: False)
-    yield found
+    return found
 
 
 def test_a_cpu_that_has_them_is_left_alone(widened: Counter[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import plquant as pq
 from plquant.blocks.discovery import find_blocks
 from plquant.files import write_json
 from plquant.formats.checkpoint import INDEX, REST, index_of, save_tensors
+from plquant.kernels import native
 from plquant.nn.activation_quantizer import ActivationQuantizer
 from plquant.nn.attention import AttentionQuantizer, quantize_attention_
 from plquant.nn.online import attach_online_
@@ -80,8 +81,10 @@ def save(lm: PreTrainedModel, folder: Path, activations: ActivationGrid | None =
 
 
 def prepare_(lm: PreTrainedModel) -> None:
-    """The products that a loaded model has; those of its output layer may have another order of sums than torch's."""
+    """The products that a loaded model has; with AVX2 its output layer has another order of sums than torch's bf16."""
     prepare_linears_(lm)
+    if native.vectors() != "AVX2":
+        return
     head = lm.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     lm.set_output_embeddings(OutputLayer.of(head))

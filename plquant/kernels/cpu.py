@@ -16,7 +16,7 @@ from plquant.kernels import native
 from plquant.kernels.cpu_layout import TILE, Shape, Weight
 
 SCRATCH_BYTES = 1 << 21  # about a second-level cache
-PASS = 16  # rows of integers that are sooner multiplied as such, however short the groups
+FEW_INTEGERS = 16  # rows that are sooner multiplied as such, however short the groups
 FEW = 32  # rows of bf16 that passes over the codes take sooner than a dequantized weight
 FEW_BESIDE_AMX = 4  # than AMX
 
@@ -47,7 +47,7 @@ def quantized_linear(
     # Each group has sums of its own. Many rows of short groups are sooner multiplied as bf16, and of any groups where
     # there is AMX, which has integers for one group only.
     tiled = x.dtype == torch.bfloat16 and native.amx()
-    as_codes = shape.groups == 1 or len(x) <= PASS or (shape.group_size >= 32 and not tiled)
+    as_codes = shape.groups == 1 or len(x) <= FEW_INTEGERS or (shape.group_size >= 32 and not tiled)
     if shape.bits == 8 and native.vectors() == "AVX2":  # which multiplies 8 bits as twice 4
         as_codes = len(x) <= native.MOST_DISPATCHED_ROWS
     if as_codes and not shape.along_out and shape.group_size <= native.MOST_INTEGER_INPUTS:

@@ -125,12 +125,16 @@ def test_both_widths_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found.double() - other.double()).norm() <= bound * other.double().norm()
 
 
-@pytest.mark.parametrize("source", [native.SOURCE, native.AMX_SOURCE], ids=lambda path: path.stem)
-@pytest.mark.parametrize("vectors", native.VECTORS)
-def test_what_another_cpu_needs_compiles_too(vectors: str, source: Path) -> None:
-    if not native.available() or (vectors == "AVX2" and source == native.AMX_SOURCE):
-        pytest.skip("not for this")
-    flags = native._flags(vectors) + (native.AMX_FLAGS if source == native.AMX_SOURCE else [])
+BUILDS = {
+    **{name: (native.SOURCE, native._flags(name)) for name in native.VECTORS},
+    "AMX": (native.AMX_SOURCE, [*native._flags("AVX512"), *native.AMX_FLAGS]),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", BUILDS)
+def test_what_another_cpu_needs_compiles_too(name: str) -> None:
+    source, flags = BUILDS[name]
     check = [*compiler(), "-std=c++17", "-fopenmp", "-fsyntax-only", *flags, str(source)]
     done = subprocess.run(check, capture_output=True, text=True)
     assert not done.returncode, done.stderr
